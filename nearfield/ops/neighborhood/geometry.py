@@ -1,0 +1,296 @@
+"""Which keys a query sees: the one geometry that masks, kernels, cost plans and pictures ask.
+
+Integers only. A `Neighborhood` is a pattern without a grid; `.on(grid)` binds it and answers. Each axis is
+independent and the neighborhood is the product of the axes' windows. On one axis a token belongs to the
+dilation group `i % dilation` at position `p = i // dilation`; groups never see each other, and inside a group
+the window is one interval `[start, end)`. Source: GNA (arXiv 2504.16922) and NATTEN's published semantics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from math import prod
+from typing import Any, Literal
+
+from nearfield.core.dims import per_dim
+
+Border = Literal["shift", "truncate", "pad"]
+BORDERS = ("shift", "truncate", "pad")
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """A local attention pattern: each query sees the `kernel_size` keys around it, itself counted.
+
+    `Neighborhood(7)` on a 56 x 56 grid shows each token a 7 x 7 square; `Neighborhood(1024, is_causal=True,
+    num_sinks=4)` shows a text token the last 1024 tokens and the first 4. Runs of `stride` queries share one
+    window; `dilation` leaves gaps. At a border the window is shifted inwards ("shift": always `kernel_size`
+    keys), cut ("truncate"), or reaches zero keys outside ("pad": their logit is the bias at that offset, or 0).
+
+    An int or bool stands for every dimension. `num_sinks` is for one dimension only. Raises `ValueError` for
+    sizes below 1, a stride above the kernel size, an unknown border, or sinks on a grid of several dimensions.
+    """
+
+    kernel_size: int | tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    dilation: int | tuple[int, ...] = 1
+    is_causal: bool | tuple[bool, ...] = False
+    border: Border = "shift"
+    num_sinks: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_size", "stride", "dilation", "is_causal"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("kernel_size", "stride", "dilation"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                    raise ValueError(f"{name}={value!r} must hold whole numbers of at least 1.")
+        if self.border not in BORDERS:
+            raise ValueError(f"border={self.border!r} is unknown. Choose one of {', '.join(BORDERS)}.")
+        for stride, size in zip(*_broadcast(self.stride, self.kernel_size), strict=True):
+            if stride > size:
+                raise ValueError(f"stride={self.stride} exceeds kernel_size={self.kernel_size}: some keys would be unseen.")
+        if isinstance(self.num_sinks, bool) or not isinstance(self.num_sinks, int) or self.num_sinks < 0:
+            raise ValueError(f"num_sinks={self.num_sinks!r} must be a whole number of at least 0.")
+
+    def on(self, grid: tuple[int, ...] | int, *, num_queries: int | None = None) -> Bound:
+        """The pattern bound to a token grid.
+
+        `num_queries` below the number of keys is for decoding: one causal dimension, queries aligned at the end.
+        """
+        grid = (grid,) if isinstance(grid, int) else tuple(grid)
+        return _bind(self, grid, num_queries)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a bound pattern. `start` and `end` are positions inside a dilation group."""
+
+    size: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+    border: Border
+
+    @property
+    def left(self) -> int:
+        """Keys of a centred window before its leader; even windows lean left."""
+        return self.kernel_size // 2
+
+    @property
+    def right(self) -> int:
+        """Keys of a centred window after its leader."""
+        return self.kernel_size - 1 - self.left
+
+    def group_size(self, group: Any) -> Any:
+        """Tokens in dilation group `group` (an int or an integer tensor)."""
+        return (self.size - group + self.dilation - 1) // self.dilation
+
+    def interval(self, position: Any, group: Any = 0) -> tuple[Any, Any]:
+        """`[start, end)` of the window of the query at `position` of `group`, before any cut at the border.
+
+        With border "shift" it always lies inside the group; otherwise it may reach below 0 or past the end.
+        Works on ints and, elementwise, on integer tensors: kernels and masks use this very formula.
+        """
+        last = self.group_size(group) - 1
+        first_of_run = position // self.stride * self.stride
+        if self.is_causal:
+            leader = _smaller(first_of_run + self.stride - 1, last)
+            start, end = leader - self.kernel_size + 1, position + 1
+            return (_larger(start, 0) if self.border == "shift" else start), end
+        leader = _smaller(first_of_run + self.stride // 2, last)
+        start = leader - self.left
+        if self.border == "shift":
+            start = _larger(_smaller(start, last + 1 - self.kernel_size), 0)
+        return start, start + self.kernel_size
+
+    def window(self, index: int) -> range:
+        """Keys on this axis that query `index` sees, as token indices."""
+        group, position = index % self.dilation, index // self.dilation
+        start, end = self.interval(position, group)
+        start, end = max(start, 0), min(end, self.group_size(group))
+        return range(group + start * self.dilation, group + end * self.dilation, self.dilation)
+
+    def inverse(self, index: int) -> range:
+        """Queries on this axis that see key `index`, as token indices: one interval of its dilation group."""
+        group, key = index % self.dilation, index // self.dilation
+        length = self.group_size(group)
+        k, s = self.kernel_size, self.stride
+        if self.is_causal:
+            low = key
+            seen_by_last = key + k >= length
+            high_run = (key + k - s) // s
+        else:
+            low = max(0, -(-(key - self.right - s // 2) // s)) * s
+            seen_by_last = key + self.left >= length - 1
+            high_run = (key + self.left - s // 2) // s
+            if self.border == "shift":
+                low = 0 if key < k else low
+                seen_by_last = seen_by_last or key >= length - k
+        high = length - 1 if seen_by_last else min(high_run * s + s - 1, length - 1)
+        return range(group + low * self.dilation, group + (high + 1) * self.dilation, self.dilation)
+
+    @cached_property
+    def num_pairs(self) -> int:
+        """Visible (query, key) pairs on this axis."""
+        return sum(len(self.window(i)) for i in range(self.size))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A pattern on a grid of keys. Tokens are counted row-major; queries are the last `num_queries` of them."""
+
+    pattern: Neighborhood
+    grid: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    num_queries: int
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens of the grid."""
+        return prod(self.grid)
+
+    @property
+    def offset(self) -> int:
+        """Token index of the first query: 0 unless queries are fewer than keys."""
+        return self.num_keys - self.num_queries
+
+    def coordinates(self, token: Any) -> tuple[Any, ...]:
+        """Grid coordinates of a token index (an int or an integer tensor)."""
+        found = []
+        for side in reversed(self.grid):
+            found.append(token % side)
+            token = token // side
+        return tuple(reversed(found))
+
+    def windows(self, query: int) -> tuple[range, ...]:
+        """Per axis the key coordinates that query number `query` sees, sinks aside."""
+        return tuple(
+            axis.window(i) for axis, i in zip(self.axes, self.coordinates(query + self.offset), strict=True)
+        )
+
+    def keys(self, query: int) -> list[int]:
+        """Token indices that query number `query` sees, in order, sinks included."""
+        seen = {self._flat(place) for place in product(*self.windows(query))}
+        return sorted(seen.union(self._sinks(query)))
+
+    def queries(self, key: int) -> list[int]:
+        """Query numbers that see token `key`, in order: the inverse window."""
+        places = product(*(axis.inverse(j) for axis, j in zip(self.axes, self.coordinates(key), strict=True)))
+        seen = {self._flat(place) - self.offset for place in places}
+        if key < self.pattern.num_sinks:
+            seen.update(range(max(key - self.offset, 0) if self.axes[0].is_causal else 0, self.num_queries))
+        return sorted(q for q in seen if q >= 0)
+
+    def num_padded(self, query: int) -> int:
+        """Zero keys that the query reaches outside the grid (border "pad" only)."""
+        if self.pattern.border != "pad":
+            return 0
+        sizes = []
+        for axis, i in zip(self.axes, self.coordinates(query + self.offset), strict=True):
+            start, end = axis.interval(i // axis.dilation, i % axis.dilation)
+            sizes.append(end - start)
+        return prod(sizes) - prod(len(window) for window in self.windows(query))
+
+    @cached_property
+    def num_pairs(self) -> int:
+        """Visible (query, key) pairs, sinks included, each counted once."""
+        if self.offset or self.pattern.num_sinks:
+            return sum(self._count(query) for query in range(self.num_queries))
+        return prod(axis.num_pairs for axis in self.axes)
+
+    @property
+    def kept(self) -> float:
+        """Visible pairs / all pairs."""
+        return self.num_pairs / (self.num_queries * self.num_keys)
+
+    @property
+    def mask_mod(self) -> Callable[[Any, Any, Any, Any], Any]:
+        """FlexAttention's `mask_mod(batch, head, query, key)`: true where the query sees the key."""
+
+        def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            query = query + self.offset
+            seen = query >= 0
+            for axis, i, j in zip(self.axes, self.coordinates(query), self.coordinates(key), strict=True):
+                start, end = axis.interval(i // axis.dilation, i % axis.dilation)
+                at = j // axis.dilation
+                seen = seen & (i % axis.dilation == j % axis.dilation) & (start <= at) & (at < end)
+            if self.pattern.num_sinks:
+                sink = key < self.pattern.num_sinks
+                seen = seen | (sink & (key <= query) if self.axes[0].is_causal else sink)
+            return seen
+
+        return visible
+
+    def _flat(self, place: tuple[int, ...]) -> int:
+        token = 0
+        for side, i in zip(self.grid, place, strict=True):
+            token = token * side + i
+        return token
+
+    def _sinks(self, query: int) -> range:
+        seen = min(self.pattern.num_sinks, self.num_keys)
+        return range(min(seen, query + self.offset + 1) if self.axes[0].is_causal else seen)
+
+    def _count(self, query: int) -> int:
+        """Visible keys of one query of a one-dimensional pattern, without listing them."""
+        window, sinks = self.windows(query)[0], self._sinks(query)
+        inside = len(range(window.start, min(window.stop, sinks.stop), window.step)) if sinks else 0
+        return len(window) + len(sinks) - inside
+
+
+@lru_cache(maxsize=512)
+def _bind(pattern: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
+    rank = len(grid)
+    if not 1 <= rank <= 3 or any(side < 1 for side in grid):
+        raise ValueError(f"grid={grid} must have one to three sides of at least 1 token.")
+    if pattern.num_sinks and rank > 1:
+        raise ValueError(f"num_sinks={pattern.num_sinks} on a grid of {rank} dimensions. Sinks are for one dimension.")
+    sizes = per_dim("kernel_size", pattern.kernel_size, rank)
+    strides = per_dim("stride", pattern.stride, rank)
+    dilations = per_dim("dilation", pattern.dilation, rank)
+    causal = per_dim("is_causal", pattern.is_causal, rank)
+    for side, size, dilation, is_causal in zip(grid, sizes, dilations, causal, strict=True):
+        if pattern.border == "shift" and not is_causal and size * dilation > side:
+            raise ValueError(
+                f"kernel_size={size} with dilation={dilation} needs {size * dilation} tokens on an axis of {side}. "
+                f"Use kernel_size of at most {side // dilation}, or border='truncate', which clips."
+            )
+    if num_queries is None:
+        num_queries = prod(grid)
+    elif num_queries != prod(grid) and (rank > 1 or not causal[0] or not 0 <= num_queries <= grid[0]):
+        raise ValueError(
+            f"{num_queries} queries for a grid of {grid} keys. "
+            "Fewer queries than keys are allowed in one causal dimension only, aligned at the end."
+        )
+    axes = tuple(
+        Axis(*entries, pattern.border) for entries in zip(grid, sizes, strides, dilations, causal, strict=True)
+    )
+    return Bound(pattern, grid, axes, num_queries)
+
+
+def _broadcast(*values: Any) -> list[tuple[Any, ...]]:
+    """Each value as a tuple of the common number of dimensions."""
+    rank = max((len(v) for v in values if isinstance(v, tuple)), default=1)
+    return [v if isinstance(v, tuple) else (v,) * rank for v in values]
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    """Minimum of two ints or integer tensors."""
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    return a.clamp(max=b) if not isinstance(a, int) else b.clamp(max=a)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """Maximum of two ints or integer tensors."""
+    if isinstance(a, int) and isinstance(b, int):
+        return max(a, b)
+    return a.clamp(min=b) if not isinstance(a, int) else b.clamp(min=a)
