@@ -1,0 +1,5 @@
+"""What local attention costs, before running it, and which pattern each site should get. Integers, no tensors."""
+
+from nearfield.plan.pattern import GroupPlan, SitePlan, plan_from_json, plan_to_json
+
+__all__ = ["GroupPlan", "SitePlan", "plan_from_json", "plan_to_json"]
