@@ -1,4 +1,4 @@
-"""What local attention costs, before running it, and which pattern each site should get. Integers, no tensors."""
+"""What local attention costs before it runs, and which pattern each site should get. No tensors."""
 
 from nearfield.plan.pattern import GroupPlan, SitePlan, plan_from_json, plan_to_json
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 from nearfield.ops.neighborhood.geometry import BORDERS, Neighborhood
@@ -36,7 +37,7 @@ class GroupPlan:
         """Visible pairs / all pairs on `grid`; `is_causal` says what full attention is at this site."""
         if self.pattern is not None:
             return self.pattern.on(grid).kept
-        tokens = Neighborhood(1).on(grid).num_keys
+        tokens = grid if isinstance(grid, int) else prod(grid)
         return (tokens + 1) / (2 * tokens) if is_causal else 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +96,9 @@ class SitePlan:
         for group in self.groups:
             if kv_head in group.kv_heads:
                 return group.pattern
-        raise ValueError(f"Site {self.name!r} has key/value heads 0 to {self.num_kv_heads - 1}, not {kv_head}.")
+        raise ValueError(
+            f"Site {self.name!r} has key/value heads 0 to {self.num_kv_heads - 1}, not {kv_head}."
+        )
 
     def kept(self, grid: tuple[int, ...] | int, *, is_causal: bool = False) -> float:
         """Visible pairs / all pairs on `grid`, the mean over key/value heads."""
@@ -154,8 +157,11 @@ def pattern_from_json(data: Any) -> Neighborhood | None:
     if type(given["num_sinks"]) is not int:
         raise ValueError(f"num_sinks={given['num_sinks']!r} of a pattern must be a whole number.")
     if given["border"] not in BORDERS:
-        raise ValueError(f"border={given['border']!r} of a pattern is unknown. Choose one of {', '.join(BORDERS)}.")
-    return Neighborhood(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        raise ValueError(
+            f"border={given['border']!r} of a pattern is unknown. Choose one of {', '.join(BORDERS)}."
+        )
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return Neighborhood(**settings)
 
 
 def read_json(text: str | bytes) -> Any:
