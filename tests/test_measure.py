@@ -77,9 +77,17 @@ def test_equals_the_definition(case, rows):
     m = math.prod(grid) + num_prefix
     n = num_queries or m
     query, key = tensors(n, m)
-    options = dict(grid=grid, num_prefix=num_prefix, is_causal=is_causal, windows=windows, num_sinks=2)
     found = attention_statistics(
-        query, key, **options, rows=rows, generator=torch.Generator().manual_seed(3), workspace=6000
+        query,
+        key,
+        grid=grid,
+        num_prefix=num_prefix,
+        is_causal=is_causal,
+        windows=windows,
+        num_sinks=2,
+        rows=rows,
+        generator=torch.Generator().manual_seed(3),
+        workspace=6000,
     )
     maps = explicit_map(query, key, None, is_causal)
     chosen = choose_rows(n - num_prefix, rows, torch.Generator().manual_seed(3)) + num_prefix
@@ -109,7 +117,7 @@ def test_padding_changes_nothing(side, kind, is_causal):
         mask = mask & torch.ones(12, 12, dtype=torch.bool).tril()
     if kind == "float":
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    options = dict(windows=(2, 5), is_causal=is_causal)
+    options = {"windows": (2, 5), "is_causal": is_causal}
     padded = attention_statistics(query, key, grid=(12,), mask=mask, **options, workspace=4000)
     alone = attention_statistics(query[1:, real[1]], key[1:, real[1]], grid=(7,), **options)
     for name in ("distance", "entropy", "sink_mass", "nmi", "num_rows"):
@@ -125,22 +133,25 @@ def test_rows_that_see_nothing_are_left_out():
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     mask[..., 2, :] = False
     found = attention_statistics(query, key, grid=(6,), mask=mask)
-    assert (found.num_rows == 5).all() and found.entropy.isfinite().all()
+    assert (found.num_rows == 5).all()
+    assert found.entropy.isfinite().all()
     empty = attention_statistics(query, key, grid=(6,), mask=torch.zeros(1, 1, 6, 6, dtype=torch.bool))
-    assert (empty.num_rows == 0).all() and empty.distance.isnan().all()
+    assert (empty.num_rows == 0).all()
+    assert empty.distance.isnan().all()
 
 
 def test_cross_attention_has_no_distance():
     query, key = tensors(5, 9)
     found = attention_statistics(query, key, windows=(3,))
     maps = explicit_map(query, key, None, False)
-    assert found.distance is None and found.inside == {}
+    assert found.distance is None
+    assert found.inside == {}
     torch.testing.assert_close(found.entropy, -(maps * maps.log()).sum(-1).mean(-1))
     torch.testing.assert_close(found.sink_mass, maps[..., :4].sum(-1).mean(-1))
 
 
 def test_uniform_attention_has_its_closed_form():
-    """All scores equal on n tokens: mean distance (n² - 1) / 3n, entropy log n, nmi 0; causal: (n - 1) / 4."""
+    """All scores equal: mean distance (n² - 1) / 3n, entropy log n, nmi 0; causal: (n - 1) / 4."""
     n = 50
     query, key = torch.zeros(1, n, 2, 4), torch.randn(1, n, 1, 4, generator=torch.Generator().manual_seed(0))
     found = attention_statistics(query, key, grid=(n,), windows=(2 * n,), num_sinks=5)
@@ -167,7 +178,10 @@ def test_nmi_is_one_for_a_permutation_and_zero_for_a_collapse():
     assert same.nmi.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("sigma", "nmi", "distance"), [(0.5, 0.763, 6), (1, 0.499, 18), (2, 0.275, 37), (8, 0.011, 99)])
+GAUSSIANS = [(0.5, 0.763, 6), (1, 0.499, 18), (2, 0.275, 37), (8, 0.011, 99)]
+
+
+@pytest.mark.parametrize(("sigma", "nmi", "distance"), GAUSSIANS)
 def test_a_gaussian_map_gives_the_published_values(sigma, nmi, distance):
     """Isotropic Gaussian on 14 x 14: exp(q·k - |k|²/2σ²) written as a dot product."""
     places = torch.cartesian_prod(torch.arange(14.0), torch.arange(14.0)).double()
@@ -192,7 +206,7 @@ def test_a_planted_sink_is_seen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_do_not_matter_and_low_precision_stays_close(dtype):
     query, key = tensors(70, 70, dtype=dtype)
-    options = dict(grid=(70,), is_causal=True, windows=(8, 16))
+    options = {"grid": (70,), "is_causal": True, "windows": (8, 16)}
     whole = attention_statistics(query, key, **options)
     exact = attention_statistics(query.double(), key.double(), **options)
     for workspace in (1, 20_000):
@@ -222,7 +236,9 @@ def test_no_map_of_all_pairs_is_ever_held(is_causal):
     for n in (512, 1024):
         query, key = tensors(n, n, heads=2, kv_heads=1, batch=1, dtype=torch.float32)
         with Largest() as mode:
-            attention_statistics(query, key, grid=(n,), is_causal=is_causal, windows=(64, 256), workspace=1 << 20)
+            attention_statistics(
+                query, key, grid=(n,), is_causal=is_causal, windows=(64, 256), workspace=1 << 20
+            )
         assert 1 << 17 < mode.bytes <= 1 << 20  # a map would be 2 and 8 MiB
 
 

@@ -1,17 +1,17 @@
 """How local attention is, head by head, from queries and keys alone and without a map of all pairs.
 
-Rows of queries go through in chunks: scores, softmax, a few sums. Definitions, for attention `A` whose rows sum
-to one over the keys a query may see, `P` prefix tokens (class, registers) before a grid of `N` tokens:
+Rows of queries go through in chunks: scores, softmax, a few sums. Definitions, for attention `A` whose rows
+sum to one over the keys a query may see, and prefix tokens (class, registers) before a grid of `N` tokens:
 
-- distance: mean over queries of `sum_j A[i, j] |place_i - place_j|`, in tokens or, on grids, Euclidean in patches
+- distance: mean over queries of `sum_j A[i, j] |place_i - place_j|`: tokens, or Euclidean patches on grids
 - inside: the share of mass on keys inside a window
 - entropy: `-sum_j A[i, j] log A[i, j]` in nats, mean over queries
 - sink mass: the share of mass on the prefix tokens; without a prefix, on the first `num_sinks` unmasked keys
 - nmi: `I / sqrt(log N * H(k))`, with `p(k)` the mean of the rows and `I = H(k) - mean row entropy` the mutual
   information of query and key. 0: every query has the same map; 1: each query has one key of its own.
 
-Distance, inside and nmi look at grid tokens only: prefix tokens are no rows, and rows are renormalised without
-them. Entropy and sink mass see the whole row. Padded tokens are neither rows nor keys.
+Prefix tokens are never rows. Distance, inside and nmi look at grid tokens only, rows renormalised to them;
+entropy and sink mass see the whole row. Padded tokens are neither rows nor keys.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def label(window: Window) -> str:
 def window_pattern(window: Window, grid: tuple[int, ...], is_causal: bool) -> Neighborhood:
     """The neighborhood that "inside a window" means on this grid, cut to the grid where it is larger.
 
-    Causal: the last `window` tokens. One dimension: centred, cut at the ends. Several: centred, shifted inwards.
+    Causal: the last `window` tokens. One dimension: centred, cut at the ends. Several: centred, shifted
+    inwards at the borders.
     """
     if is_causal or len(grid) == 1:
         return Neighborhood(window, is_causal=is_causal, border="shift" if is_causal else "truncate")
@@ -90,10 +91,10 @@ def attention_statistics(
 
     `grid` is the grid of the keys after the first `num_prefix`; None (cross-attention) leaves distance and
     windows out. `mask` is True where a query may see a key, or is added to the scores; it broadcasts to
-    `[B, H, N, M]`. Causal queries stand at the end of the keys; a mask with a row for each query is complete and
-    causality is not added to it. `rows="last_half"` measures the later half of the queries, a number that many
-    drawn at random; nmi is then that of the chosen rows. nmi is None for causal attention, where rows differ by
-    construction.
+    `[B, H, N, M]`. Causal queries stand at the end of the keys; a mask with a row for each query is complete
+    and causality is not added to it. `rows="last_half"` measures the later half of the queries, a number that
+    many drawn at random; nmi is then that of the chosen rows. nmi is None for causal attention, where rows
+    differ by construction.
     """
     batch, num_queries, num_heads, _ = query.shape
     num_keys, num_kv_heads = key.shape[1], key.shape[2]
@@ -125,7 +126,8 @@ def attention_statistics(
             scores = torch.matmul(chunk, keys[:, :seen].transpose(1, 2)).mul_(scale)
             scores = scores.view(num_heads, len(part), seen)
             _hide(scores, mask, b, part, places, visible[b], add_causal)
-            sums.add(scores, num_prefix, sinks[sinks < seen], features(places - num_prefix, seen) if features else None)
+            linear = features(places - num_prefix, seen) if features else None
+            sums.add(scores, num_prefix, sinks[sinks < seen], linear)
         found.append(sums)
     means = [torch.stack(values) for values in zip(*(sums.means() for sums in found), strict=True)]
     linear, entropy, sink_mass, nmi, num_rows = means
@@ -166,8 +168,8 @@ class _Features:
         """For queries at these grid places, over the first `seen` keys."""
         coordinates = self.origin.coordinates(places)
         sides = self.sides if len(self.sides) > 1 else [self.sides[0][:seen]]
-        out = torch.empty(self.count, len(places), prod(map(len, sides)), dtype=self.dtype, device=places.device)
         gaps = [(i[:, None] - side).to(self.dtype) for i, side in zip(coordinates, sides, strict=True)]
+        out = gaps[0].new_empty(self.count, len(places), prod(map(len, sides)))
         if len(gaps) == 1:
             out[0] = gaps[0].abs_()
         else:
@@ -217,7 +219,8 @@ class _Sums:
         share = live / on_grid
         self.received[:, : grid_mass.shape[-1]] += torch.einsum("hrm,hr->hm", grid_mass, share)
         if features is not None:
-            self.linear += torch.einsum("hrc,hr->hc", torch.einsum("hrm,crm->hrc", grid_mass, features), share)
+            found = torch.einsum("hrm,crm->hrc", grid_mass, features)
+            self.linear += torch.einsum("hrc,hr->hc", found, share)
 
     def means(self) -> tuple[Tensor, ...]:
         """Linear features, entropy, sink mass, nmi and the number of rows, per head."""
@@ -245,8 +248,8 @@ def _check(
         raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} key/value heads.")
     if grid is not None and prod(grid) + num_prefix != num_keys:
         raise ValueError(
-            f"grid={grid} with {num_prefix} prefix tokens has {prod(grid) + num_prefix} tokens, the keys {num_keys}. "
-            "Give the grid of the tokens after the prefix, or grid=None."
+            f"grid={grid} with {num_prefix} prefix tokens has {prod(grid) + num_prefix} tokens, "
+            f"the keys {num_keys}. Give the grid of the tokens after the prefix, or grid=None."
         )
     if grid is not None and num_queries != num_keys and not (is_causal and num_queries < num_keys):
         raise ValueError(
@@ -255,11 +258,16 @@ def _check(
         )
 
 
-def _visible_keys(mask: Tensor | None, batch: int, num_keys: int, device: torch.device) -> Bool[Tensor, "b m"]:
+def _visible_keys(
+    mask: Tensor | None, batch: int, num_keys: int, device: torch.device
+) -> Bool[Tensor, "b m"]:
     """Which keys any query of any head may see: the rest is padding."""
     if mask is None:
         return torch.ones(batch, num_keys, dtype=torch.bool, device=device)
-    shown = mask.any(dim=1).any(dim=1) if mask.dtype == torch.bool else mask.amax((1, 2)) > _hidden_below(mask)
+    if mask.dtype == torch.bool:
+        shown = mask.any(dim=1).any(dim=1)
+    else:
+        shown = mask.amax((1, 2)) > _hidden_below(mask)
     return shown.expand(batch, num_keys)
 
 
