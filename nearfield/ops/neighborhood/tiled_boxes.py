@@ -1,0 +1,280 @@
+"""Attention of tiles of queries on the boxes of keys around them: any pattern, grid and option.
+
+A tile's keys are gathered once; what the box shows too much is masked. The keys that do not lie around the
+query (sinks, additional keys) are a second piece, merged by log-sum-exp. Layout here: [B, tokens, heads, D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nearfield.ops.neighborhood.geometry import Bound
+from nearfield.ops.neighborhood.tiled_blocks import (
+    block_backward,
+    block_forward,
+    hidden_rows,
+    merge_,
+    sum_dtype,
+)
+from nearfield.ops.neighborhood.tiled_plan import Chunk, chunks, num_slots, tile_shape
+
+CHUNK_BYTES = 1 << 23  # what one chunk of tiles may gather: small enough to stay near the core
+WIDE_ROWS = 1024  # queries at a time against sinks and additional keys
+
+
+def boxes_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bound: Bound,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fills `out` and `lse` with the attention of every query on its window."""
+    for chunk in chunks(bound, _tiles_at_once(query, value, bound, 1), bias is not None, query.device):
+        q = fold(query.index_select(1, chunk.query), chunk.tiles, key.shape[2])
+        k, v = _box(key, chunk), _box(value, chunk)
+        mask = _mask(chunk, bias, key_mask, q)
+        o, statistics = block_forward(q, k, v, mask, scale)
+        if key_mask is not None:
+            statistics.masked_fill_(hidden_rows(mask).expand_as(statistics), -torch.inf)
+        _put(out, chunk, unfold(o, chunk.tiles, query.shape[2]))
+        _put(lse, chunk, unfold(statistics.unsqueeze(-1), chunk.tiles, query.shape[2]).squeeze(-1))
+
+
+def boxes_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bound: Bound,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor | None],
+) -> None:
+    """Adds to the gradients of query, key, value and, if there, the flat bias table. `lse` is finite."""
+    for chunk in chunks(bound, _tiles_at_once(query, value, bound, 3), bias is not None, query.device):
+        q, o, g, statistics, g_lse = (
+            None if x is None else fold(x.index_select(1, chunk.query), chunk.tiles, key.shape[2])
+            for x in (
+                query,
+                out,
+                grad,
+                lse.unsqueeze(-1),
+                None if grad_lse is None else grad_lse.unsqueeze(-1),
+            )
+        )
+        mask = _mask(chunk, bias, key_mask, q)
+        found = block_backward(
+            _real(g, chunk),
+            q,
+            _box(key, chunk),
+            _box(value, chunk),
+            o,
+            statistics.squeeze(-1),
+            mask,
+            scale,
+            grad_lse=None if g_lse is None else _real(g_lse, chunk).squeeze(-1),
+            want_scores=grads[3] is not None,
+        )
+        _put(grads[0], chunk, unfold(found.query, chunk.tiles, query.shape[2]))
+        for total, part in zip(grads[1:3], (found.key, found.value), strict=True):
+            part = part.transpose(1, 2).unflatten(0, (-1, chunk.tiles))  # [B, tiles, slots, Hkv, D]
+            if chunk.outside is not None:
+                part = part.masked_fill(chunk.outside[..., None, None], 0)
+            total.index_add_(1, chunk.key, part.flatten(1, 2).to(total.dtype))
+        if grads[3] is not None:
+            _add_to_table(grads[3], found.scores, chunk)
+
+
+def far_forward(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Sinks | None, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Merges into `out` and `lse` keys that all queries see, or, with `sinks`, those that see them."""
+    keys, values = key.transpose(1, 2), value.transpose(1, 2)
+    for low in range(0, query.shape[1], WIDE_ROWS):
+        rows = slice(low, low + WIDE_ROWS)
+        q = fold(query[:, rows], 1, key.shape[2])
+        mask = None if sinks is None else sinks.mask(low, q, query.shape[2])
+        o, statistics = block_forward(q, keys, values, mask, scale)
+        if mask is not None:
+            statistics.masked_fill_(hidden_rows(mask).expand_as(statistics), -torch.inf)
+        statistics = unfold(statistics.unsqueeze(-1), 1, query.shape[2]).squeeze(-1)
+        merge_(out[:, rows], lse[:, rows], unfold(o, 1, query.shape[2]), statistics)
+
+
+def far_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Sinks | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_query: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Adds to `grad_query`; returns the gradients of the keys and values, [B, L, Hkv, D]."""
+    keys, values = key.transpose(1, 2), value.transpose(1, 2)
+    totals = tuple(torch.zeros_like(x, dtype=sum_dtype(x.dtype)) for x in (key, value))
+    for low in range(0, query.shape[1], WIDE_ROWS):
+        rows = slice(low, low + WIDE_ROWS)
+        q, o, g, statistics, g_lse = (
+            None if x is None else fold(x[:, rows], 1, key.shape[2])
+            for x in (
+                query,
+                out,
+                grad,
+                lse.unsqueeze(-1),
+                None if grad_lse is None else grad_lse.unsqueeze(-1),
+            )
+        )
+        mask = None if sinks is None else sinks.mask(low, q, query.shape[2])
+        g_lse = None if g_lse is None else g_lse.squeeze(-1)
+        found = block_backward(g, q, keys, values, o, statistics.squeeze(-1), mask, scale, grad_lse=g_lse)
+        grad_query[:, rows] += unfold(found.query, 1, query.shape[2])
+        for total, part in zip(totals, (found.key, found.value), strict=True):
+            total += part.transpose(1, 2)
+    return totals
+
+
+class Sinks:
+    """The first unmasked keys of each row that every query may see, apart from those in its window."""
+
+    def __init__(self, bound: Bound, key_mask: Tensor | None, device: torch.device) -> None:
+        self.bound = bound
+        count = min(bound.pattern.num_sinks, bound.num_keys)
+        if key_mask is None:
+            self.position = torch.arange(count, device=device)[None]  # [B or 1, sinks]
+            self.exists = torch.ones_like(self.position, dtype=torch.bool)
+        else:
+            first = key_mask & (key_mask.cumsum(1) <= count)
+            self.position = torch.sort(first.to(torch.uint8), dim=1, descending=True, stable=True)[1][
+                :, :count
+            ]
+            self.exists = first.gather(1, self.position)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[B, N, Hkv, D] -> [B, sinks, Hkv, D]."""
+        index = self.position[:, :, None, None].expand(tensor.shape[0], -1, *tensor.shape[2:])
+        return tensor.gather(1, index)
+
+    def add_to(self, total: Tensor, part: Tensor) -> None:
+        """The transpose of `gather`, summed into `total`."""
+        index = self.position[:, :, None, None].expand(total.shape[0], -1, *total.shape[2:])
+        total.scatter_add_(1, index, part.to(total.dtype))
+
+    def mask(self, low: int, folded: Tensor, num_heads: int) -> Tensor:
+        """Additive mask [B or 1, 1, heads of a group * rows, sinks] for the folded queries from `low` on."""
+        group = num_heads // folded.shape[1]
+        axis = self.bound.axes[0]
+        rows = folded.shape[2] // group
+        query = torch.arange(low, low + rows, device=folded.device)[:, None] + self.bound.offset
+        key = self.position[:, None]
+        start, end = axis.interval(query // axis.dilation, query % axis.dilation)
+        at = key // axis.dilation
+        near = (query % axis.dilation == key % axis.dilation) & (start <= at) & (at < end)
+        seen = self.exists[:, None] & ~near
+        if axis.is_causal:
+            seen = seen & (key <= query)
+        return _additive(seen, folded.dtype)[:, None].repeat(1, 1, group, 1)
+
+
+def fold(rows: Tensor, tiles: int, num_kv_heads: int) -> Tensor:
+    """[B, tiles * rows, H, D] -> [B * tiles, Hkv, heads of a group * rows, D]: heads that share keys stack up."""
+    batch, _, num_heads, dim = rows.shape
+    rows = rows.reshape(batch * tiles, -1, num_kv_heads, num_heads // num_kv_heads, dim)
+    return rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def unfold(rows: Tensor, tiles: int, num_heads: int) -> Tensor:
+    """The inverse of `fold`."""
+    group = num_heads // rows.shape[1]
+    return (
+        rows.unflatten(2, (group, -1))
+        .permute(0, 3, 1, 2, 4)
+        .flatten(2, 3)
+        .unflatten(0, (-1, tiles))
+        .flatten(1, 2)
+    )
+
+
+def _tiles_at_once(query: Tensor, value: Tensor, bound: Bound, passes: int) -> int:
+    rows, slots = 1, num_slots(bound)
+    for side in tile_shape(bound):
+        rows *= side
+    dims = query.shape[-1] + value.shape[-1]
+    bytes_of_tile = passes * (rows * query.shape[2] + slots * value.shape[2]) * dims * query.element_size()
+    return max(1, CHUNK_BYTES // (bytes_of_tile * query.shape[0] + 4 * rows * slots))
+
+
+def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
+    """[B, N, Hkv, D] -> [B * tiles, Hkv, slots, D]; zero where a slot lies off the grid."""
+    box = tensor.index_select(1, chunk.key).unflatten(1, (chunk.tiles, -1))
+    if chunk.outside is not None:
+        box = box.masked_fill(chunk.outside[..., None, None], 0)
+    return box.flatten(0, 1).transpose(1, 2)
+
+
+def _mask(chunk: Chunk, bias: Tensor | None, key_mask: Tensor | None, folded: Tensor) -> Tensor:
+    """Additive mask that broadcasts over folded scores [B * tiles, Hkv, heads of a group * rows, slots]."""
+    num_kv_heads, rows = folded.shape[1], chunk.visible.shape[1]
+    group = folded.shape[2] // rows
+    visible = chunk.visible  # [tiles or 1, rows, slots]
+    batch = folded.shape[0] // chunk.tiles
+    if key_mask is not None:
+        seen = key_mask.index_select(1, chunk.key).unflatten(1, (chunk.tiles, -1))
+        if chunk.outside is not None:
+            seen = seen | chunk.outside
+        visible = (visible & seen.unsqueeze(2)).flatten(0, 1)
+    elif len(visible) > 1 and batch > 1:
+        visible = visible.repeat(batch, 1, 1)
+    mask = _additive(visible, folded.dtype)[:, None, None]
+    if bias is not None:
+        table = bias.flatten(1)[:, chunk.offsets].to(mask.dtype)  # [H, tiles or 1, rows, slots]
+        table = table.unflatten(0, (num_kv_heads, group)).permute(2, 0, 1, 3, 4)
+        if len(mask) > len(table) > 1:
+            table = table.repeat(batch, 1, 1, 1, 1)
+        mask = mask + table
+    return mask.expand(-1, -1, group, -1, -1).flatten(2, 3)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(visible.shape, dtype=sum_dtype(dtype), device=visible.device)
+    return zeros.masked_fill_(~visible, -torch.inf)
+
+
+def _real(rows: Tensor, chunk: Chunk) -> Tensor:
+    """Folded gradients, zero where a short tile repeats its last query."""
+    if chunk.real is None:
+        return rows
+    group = rows.shape[2] // chunk.real.shape[1]
+    repeated = ~chunk.real.repeat(rows.shape[0] // chunk.tiles, group)
+    return rows.masked_fill(repeated[:, None, :, None], 0)
+
+
+def _put(target: Tensor, chunk: Chunk, rows: Tensor) -> None:
+    """Writes the rows of real queries to their places."""
+    index = chunk.query
+    if chunk.real is not None:
+        kept = torch.nonzero(chunk.real.flatten()).flatten()
+        index, rows = index[kept], rows.index_select(1, kept)
+    target.index_copy_(1, index, rows)
+
+
+def _add_to_table(total: Tensor, scores: Tensor, chunk: Chunk) -> None:
+    """Sums score gradients [B * tiles, Hkv, heads of a group * rows, slots] by relative offset."""
+    rows = chunk.offsets.shape[1]
+    scores = scores.unflatten(2, (-1, rows)).flatten(1, 2).unflatten(0, (-1, chunk.tiles)).sum(0)
+    if len(chunk.offsets) == 1:
+        scores = scores.sum(0, keepdim=True)
+    total.index_add_(1, chunk.offsets.flatten(), scores.transpose(0, 1).flatten(1).to(total.dtype))
