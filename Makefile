@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
-	$(VENV)/bin/python -m nearfield.docs --check
+	$(VENV)/bin/python docs/generate.py --check
 
 clean:
 	rm -rf $(VENV) $(PARITY)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -67,7 +67,7 @@ class Card:
     claims: tuple[Claim, ...]
     departs: tuple[str, ...]
 
-    def json(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any]:
         """What `nearfield list --json` says of this system."""
         return {
             "slug": self.slug,
@@ -77,6 +77,48 @@ class Card:
             "claims": [claim.id for claim in self.claims],
         }
 
+    def json(self) -> dict[str, Any]:
+        """The whole card, for `nearfield show --json`."""
+        return {**asdict(self), "code": {"repo": self.code[0], "licence": self.code[1]}}
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        about = Table.grid(padding=(0, 2))
+        about.add_row("paper", f"arXiv {self.arxiv}, {self.year}")
+        about.add_row("code", f"{self.code[0]} ({self.code[1]})")
+        about.add_row("kind", ", ".join(self.kind))
+        about.add_row("domain", ", ".join(self.domain))
+        for name, address in self.entry.items():
+            counted = f", {self.params[name]:,} parameters" if name in self.params else ""
+            about.add_row("offers", f"{name} ({address}{counted})")
+        for what in self.departs:
+            about.add_row("departs", what)
+        claims = Table("claim", "the paper says", "expected here", "needs", box=None, pad_edge=False)
+        for claim in self.claims:
+            claims.add_row(claim.id, claim.paper, claim.expect, ", ".join(claim.needs))
+        return Group(f"{self.slug}: {self.title}", self.summary, "", about, "", claims)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Some systems, in order."""
+
+    cards: tuple[Card, ...]
+
+    def json(self) -> list[dict[str, Any]]:
+        """One row a system."""
+        return [card.row() for card in self.cards]
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("system", "kind", "domain", "what it brings", box=None, pad_edge=False)
+        for card in self.cards:
+            table.add_row(card.slug, ", ".join(card.kind), ", ".join(card.domain), card.summary)
+        return table
+
 
 class CardError(ValueError):
     """A card that cannot be used, named by its file, with what is wrong."""
@@ -85,6 +127,17 @@ class CardError(ValueError):
 def cards(home: Path = HOME) -> tuple[Card, ...]:
     """All systems, by slug. Raises `CardError` if a card is wrong or two offer an entry of the same name."""
     return _cards(home)
+
+
+def listing(*, kind: str | None = None, domain: str | None = None, home: Path = HOME) -> Listing:
+    """The systems of a kind and a domain, all of them by default. Raises `LookupError` for an unknown domain."""
+    known = cards(home)
+    domains = {entry for card in known for entry in card.domain}
+    if domain is not None and domain not in domains:
+        raise LookupError(unknown("domain", domain, domains, f"There are {', '.join(sorted(domains))}."))
+    return Listing(
+        tuple(c for c in known if (kind is None or kind in c.kind) and (domain is None or domain in c.domain))
+    )
 
 
 def find(name: str, home: Path = HOME) -> Card:

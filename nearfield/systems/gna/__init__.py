@@ -1,0 +1,1 @@
+"""Generalized Neighborhood Attention: strides in `nearfield.ops.neighborhood`, the simulator in `nearfield.plan`."""
