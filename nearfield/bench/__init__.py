@@ -1,0 +1,47 @@
+"""Timed cost of the operators: `nearfield bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nearfield.bench.cases import CASES, DIRECTIONS, Case, Direction
+from nearfield.bench.results import BenchResult, Comparison, compare
+
+__all__ = ["CASES", "OPS", "BenchResult", "Case", "Comparison", "compare", "run"]
+
+OPS = ("neighborhood",)
+
+
+def run(
+    op: str = "neighborhood",
+    *,
+    device: str = "cpu",
+    cases: Sequence[str] | None = None,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    directions: Sequence[Direction] = DIRECTIONS,
+    backend: str = "auto",
+    rivals: bool = False,
+    threads: int = 1,
+    seconds: float = 3.0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchResult:
+    """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
+
+    `cases` are ids (all that fit the device if None); `seconds` bounds the repeats of one timing and the
+    expected length of a rival's call; `progress(done, total, label)` is told before each row and at the end.
+    """
+    if op not in OPS:
+        raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")
+    from nearfield.bench.runner import run_neighborhood
+
+    return run_neighborhood(
+        device=device,
+        cases=cases,
+        dtypes=dtypes,
+        directions=directions,
+        backend=backend,
+        rivals=rivals,
+        threads=threads,
+        seconds=seconds,
+        progress=progress,
+    )

@@ -1,0 +1,181 @@
+"""Runs the table: every row beside a GEMM of its dtype and thread count, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfield.bench.cases import DIRECTIONS, DTYPES, Case, Direction, find, for_device
+from nearfield.bench.results import BenchResult, provenance
+from nearfield.bench.rivals import RIVALS, Unfit, measure, step
+from nearfield.bench.timing import Gemm, timed
+from nearfield.core.backend import requested
+from nearfield.core.errors import BackendUnavailable
+from nearfield.ops.neighborhood import neighborhood_attention, why
+from nearfield.plan.roofline import DEVICES, predict
+
+Progress = Callable[[int, int, str], None]
+
+
+def run_neighborhood(
+    *,
+    device: str,
+    cases: Sequence[str] | None,
+    dtypes: Sequence[str],
+    directions: Sequence[Direction],
+    backend: str,
+    rivals: bool,
+    threads: int,
+    seconds: float,
+    progress: Progress | None,
+) -> BenchResult:
+    """The rows of `nearfield bench neighborhood`; `nearfield.bench.run` holds the defaults."""
+    _require_known("dtype", dtypes, DTYPES)
+    _require_known("direction", directions, DIRECTIONS)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} cannot be benched. Choose cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
+    if threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1.")
+    chosen = [find(id) for id in cases] if cases is not None else list(for_device(device))
+    for case in chosen:
+        if case.device not in ("cpu", device):
+            raise ValueError(f"Case {case.id} is meant for {case.device}; on {device} it would take hours.")
+    plan = [(case, dtype, direction) for case in chosen for dtype in dtypes for direction in directions]
+    rows: list[dict[str, Any]] = []
+    with _threads(threads):
+        for done, (case, dtype, direction) in enumerate(plan):
+            if progress is not None:
+                progress(done, len(plan), f"{case.id} {direction} {dtype}")
+            row = _row(
+                case,
+                dtype,
+                direction,
+                device=device,
+                backend=backend,
+                rivals=rivals,
+                threads=threads,
+                seconds=seconds,
+            )
+            rows.append(row)
+    if progress is not None:
+        progress(len(plan), len(plan), "done")
+    return BenchResult(op="neighborhood", rows=tuple(rows), **provenance(device, threads))
+
+
+def _row(
+    case: Case,
+    dtype: str,
+    direction: Direction,
+    *,
+    device: str,
+    backend: str,
+    rivals: bool,
+    threads: int,
+    seconds: float,
+) -> dict[str, Any]:
+    tensors = _inputs(case, dtype, device)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return neighborhood_attention(query, key, value, case.pattern, backend=backend)
+
+    gemm = Gemm(getattr(torch, dtype), device)
+    gemm.measure()
+    timing = timed(step(attend, tensors, direction), device, budget=seconds)
+    gemm.measure()
+    name = _backend_used(case, tensors, backend)
+    rate = case.useful_flops(direction) / timing.seconds / 1e9
+    row: dict[str, Any] = {
+        "case": case.id,
+        "direction": direction,
+        "dtype": dtype,
+        "backend": name,
+        "threads": threads,
+        "seconds": timing.seconds,
+        "min": timing.min,
+        "max": timing.max,
+        "repeats": timing.repeats,
+        "predicted_seconds": _predicted(case, dtype, direction, device, name, gemm.gflops),
+        "useful_gflops": rate,
+        "gemm_gflops": gemm.gflops,
+        "ratio_to_gemm": rate / gemm.gflops,
+        "rivals": {},
+        "rivals_skipped": {},
+        "rivals_notes": {},
+        "rivals_compile_seconds": {},
+    }
+    if rivals:
+        with torch.no_grad():
+            ours = attend(*tensors)
+        for rival in RIVALS:
+            try:
+                found = measure(
+                    rival, case, tensors, direction, ours=ours, gemm_gflops=gemm.gflops, limit=seconds
+                )
+            except Unfit as reason:
+                row["rivals_skipped"][rival.name] = str(reason)
+                continue
+            row["rivals"][rival.name] = found.seconds
+            if found.note:
+                row["rivals_notes"][rival.name] = found.note
+            if found.compile_seconds is not None:
+                row["rivals_compile_seconds"][rival.name] = found.compile_seconds
+    return row
+
+
+def _backend_used(case: Case, tensors: list[Tensor], backend: str) -> str:
+    """The backend that runs the case: the one asked for, or the one that "auto" takes."""
+    query, key, value = tensors
+    name = requested(backend)
+    return why(query, key, value, case.pattern).backend if name == "auto" else name
+
+
+def _predicted(
+    case: Case, dtype: str, direction: Direction, device: str, backend: str, gemm_gflops: float
+) -> float | None:
+    """What `nearfield.plan` expects; None for a GPU that it does not know."""
+    known = "cpu"
+    if device == "cuda":
+        gpu = torch.cuda.get_device_name().lower()
+        known = next((name for name in DEVICES if name in gpu), "")
+        if not known:
+            return None
+    return predict(
+        case.bound,
+        heads=case.num_heads,
+        head_dim=case.head_dim,
+        dtype=dtype,
+        direction=direction,
+        gemm_gflops=gemm_gflops,
+        backend=backend,
+        device=known,
+        batch=case.batch,
+    )
+
+
+def _inputs(case: Case, dtype: str, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (case.batch, *case.grid, case.num_heads, case.head_dim)
+    return [torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's thread count for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _require_known(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for entry in given:
+        if entry not in known:
+            raise ValueError(f"{name}={entry!r} is unknown. Choose from {', '.join(known)}.")

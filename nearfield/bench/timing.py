@@ -1,0 +1,94 @@
+"""Seconds of a call: the median of repeats after warm-up, on a clock that fits the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU that is benched
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: median, least and most over `repeats` calls."""
+
+    seconds: float
+    min: float
+    max: float
+    repeats: int
+
+
+def once(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call: wall clock on the CPU, events on CUDA."""
+    if device != "cuda":
+        begin = perf_counter()
+        call()
+        return perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    call()
+    end_event.record()
+    end_event.synchronize()
+    return float(begin_event.elapsed_time(end_event)) / 1e3
+
+
+def timed(
+    call: Callable[[], object], device: str, *, budget: float = 3.0, least: int = 3, most: int = 50
+) -> Timing:
+    """The call's timing, in about `budget` seconds of repeats.
+
+    Untimed calls come first, until two in a row agree within a quarter: the first may compile, build tables
+    and touch fresh memory. One is enough for a call above the budget. On CUDA a buffer larger than the L2
+    cache is overwritten before each repeat, outside the clock, so that inputs come from memory as they do
+    between a model's layers.
+    """
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    last = once(call, device)
+    for _ in range(4):
+        if last > budget:
+            break
+        before, last = last, once(call, device)
+        if abs(before - last) <= 0.25 * last:
+            break
+    found: list[float] = []
+    while len(found) < least or (len(found) < most and sum(found) < budget):
+        if scratch is not None:
+            scratch.zero_()
+        found.append(once(call, device))
+    return Timing(median(found), min(found), max(found), len(found))
+
+
+class Gemm:
+    """A square matrix product in one dtype: the ruler beside which a row is read.
+
+    Its side is 1024 on the CPU, and 8192 on CUDA, where 1024 would time little more than the launch.
+    """
+
+    SIDES: ClassVar = {"cpu": 1024, "cuda": 8192}
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.side = self.SIDES[device]
+        self.left, self.right = (
+            torch.randn(self.side, self.side, generator=generator).to(device, dtype) for _ in range(2)
+        )
+        self.out = torch.empty_like(self.left)
+        self.device = device
+        self.seconds: list[float] = []
+
+    def _multiply(self) -> Tensor:
+        return torch.mm(self.left, self.right, out=self.out)
+
+    def measure(self, repeats: int = 8) -> None:
+        """Takes part of the samples: call it before and after the row, so that both saw the same machine."""
+        self._multiply()
+        self.seconds += [once(self._multiply, self.device) for _ in range(repeats)]
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s, from the median of all samples."""
+        return 2.0 * self.side**3 / median(self.seconds) / 1e9
