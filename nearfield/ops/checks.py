@@ -1,8 +1,14 @@
-"""Refusals of wrong attention arguments: what was given, what is allowed, what to do."""
+"""What every attention function does with its arguments first: refuse wrong ones, heed autocast."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
 from torch import Tensor, dtype
+
+T = TypeVar("T")
 
 
 def check(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, kind: dtype | None = None) -> None:
@@ -27,13 +33,15 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, *, rank: tuple[int, .
     if not query.is_floating_point():
         raise TypeError(f"query has dtype {query.dtype}. It must be a floating dtype.")
     if query.shape[-1] < 1 or query.shape[-2] < 1 or key.shape[-2] < 1:
-        raise ValueError(f"query has shape {list(query.shape)}, key {list(key.shape)}: head_dim and heads must be at least 1.")
+        raise ValueError(
+            f"query has shape {list(query.shape)}, key {list(key.shape)}. Heads and head_dim must be at least 1."
+        )
     check("key", key, (query.shape[0], *key.shape[1:-1], query.shape[-1]), query, query.dtype)
     check("value", value, (*key.shape[:-1], value.shape[-1]), query, query.dtype)
     if query.shape[-2] % key.shape[-2]:
         raise ValueError(
             f"{query.shape[-2]} query heads cannot share {key.shape[-2]} key/value heads. "
-            f"The number of query heads must be a multiple of it."
+            "The first number must be a multiple of the second."
         )
 
 
@@ -42,3 +50,13 @@ def scale_or_default(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, Tensor):
         raise TypeError("scale is a tensor. Give a number; multiply the query by a learned scale and pass scale=1.0.")
     return head_dim**-0.5 if scale is None else scale
+
+
+def under_autocast(run: Callable[..., T], query: Tensor, *others: Tensor | None) -> T:
+    """`run(query, *others)`: when autocast is on, with the tensors in its dtype and autocast off inside."""
+    device = query.device.type
+    if query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return run(query, *others)
+    half = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return run(query.to(half), *(None if x is None else x.to(half) for x in others))

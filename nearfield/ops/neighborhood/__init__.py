@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfield.core.backend import Choice, Verdict, choose, explain, requested
-from nearfield.ops.checks import check, check_heads, scale_or_default
-from nearfield.ops.neighborhood import reference
+from nearfield.core.backend import Choice, Verdict, choose, explain
+from nearfield.ops.checks import check, check_heads, scale_or_default, under_autocast
+from nearfield.ops.neighborhood import flex, reference, tiled
+from nearfield.ops.neighborhood.decode import neighborhood_attention_decode, visible_slots
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood, _bind
+from nearfield.ops.neighborhood.varlen import neighborhood_attention_varlen
 
-__all__ = ["Neighborhood", "neighborhood_attention", "why"]
+__all__ = [
+    "Neighborhood",
+    "neighborhood_attention",
+    "neighborhood_attention_decode",
+    "neighborhood_attention_varlen",
+    "visible_slots",
+    "why",
+]
 
 OP = "neighborhood_attention"
-TINY = 1 << 14  # scores; below, computing all of them is quicker than cutting the problem up
+LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
+TINY = 1 << 14  # scores; a problem of so few costs less whole than cut into tiles
+MODULES: dict[str, ModuleType] = {"tiled": tiled, "reference": reference, "flex": flex}
 
 
-@overload
-def neighborhood_attention(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, *, return_lse: Literal[False] = False, **options: Any
-) -> Tensor: ...
 @overload
 def neighborhood_attention(
     query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, *, return_lse: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, *, return_lse: bool = False, **options: Any
+) -> Tensor: ...
 def neighborhood_attention(
     query: Float[Tensor, "b *places heads dim"],
     key: Float[Tensor, "b *grid kv_heads dim"],
@@ -45,121 +57,88 @@ def neighborhood_attention(
 ) -> Float[Tensor, "b *places heads dv"] | tuple[Float[Tensor, "b *places heads dv"], Float[Tensor, "b *places heads"]]:
     """Attention in which each query sees the keys around it, as `geometry` says.
 
-        out = neighborhood_attention(q, k, v, Neighborhood(7))                     # [B, 56, 56, H, D]: 49 keys each
-        out = neighborhood_attention(q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4))    # [B, N, H, D]
+        neighborhood_attention(q, k, v, Neighborhood(7))                        # [B, 56, 56, H, D]: 7 x 7 keys each
+        neighborhood_attention(q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4))              # [B, N, H, D]
 
-    Query head h uses key/value head `h // (heads // kv_heads)`. Additional keys are seen by every query, in
-    the same softmax. `bias[h, key - query + kernel_size - 1, ...]` (per axis, in dilation steps) is added to the
-    score of a key in the window; sinks outside it get none. Keys where `key_mask` is False are seen by nobody,
-    whatever they hold. `sink_logits` joins the softmax's denominator and has no value. In one causal dimension
-    the queries may be fewer than the keys: they are then the last ones.
+    Query head h uses key/value head `h // (heads // kv_heads)`. Additional keys are seen by every query, in the
+    same softmax. `bias[h, key - query + kernel_size - 1, ...]` (per axis, in dilation steps) is added to the
+    score of a key in the window; a sink outside it gets none. A key with `key_mask` False is seen by nobody,
+    whatever it holds. `sink_logits` joins the denominator of the softmax and brings no value. In one causal
+    dimension the queries may be fewer than the keys: they are the last ones.
 
-    A query that sees nothing gets 0 and a log-sum-exp of -inf. With `return_lse` the result is `(out, lse)`,
-    the natural log-sum-exp of the scores in float32 (float64 for float64 inputs), differentiable.
+    A query that sees nothing gets 0 and a log-sum-exp of -inf. `return_lse` makes the result `(out, lse)` with
+    the natural log-sum-exp of the scores, differentiable, in float32 (float64 for float64 inputs).
     """
-    options = {
-        "additional_keys": additional_keys,
-        "additional_values": additional_values,
-        "bias": bias,
-        "key_mask": key_mask,
-        "sink_logits": sink_logits,
-        "scale": scale,
-    }
-    bound = _checked(query, key, value, geometry, options)
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        half = torch.get_autocast_dtype(device)
-        cast = ("additional_keys", "additional_values")
-        options |= {name: options[name].to(half) for name in cast if options[name] is not None}
-        with torch.autocast(device, enabled=False):
-            out, lse = _run(backend, query.to(half), key.to(half), value.to(half), bound, options)
-    else:
-        out, lse = _run(backend, query, key, value, bound, options)
+    options = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
+    bound = _checked(query, key, value, geometry, additional_keys, additional_values, options)
+    if key_mask is not None:  # NaN in a masked key must not reach a product
+        key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None):
+        given = {**options, "additional_keys": more_keys, "additional_values": more_values}
+        name = choose(OP, backend, _backends(query, key, value, bound, given))
+        return MODULES[name].attend(query, key, value, bound, **given)
+
+    out, lse = under_autocast(attend, query, key, value, additional_keys, additional_values)
     return (out, lse) if return_lse else out
 
 
 def why(query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, **options: Any) -> Choice:
     """Which backend "auto" takes for this call of `neighborhood_attention`, and why not the others."""
-    backend = requested(options.pop("backend", "auto"))
-    options.pop("return_lse", None)
     names = ("additional_keys", "additional_values", "bias", "key_mask", "sink_logits", "scale")
-    unknown = set(options) - set(names)
+    unknown = sorted(set(options) - set(names))
     if unknown:
-        raise TypeError(f"{sorted(unknown)} are no options of {OP}. Those are: {', '.join(names)}.")
-    options = {name: options.get(name) for name in names}
-    bound = _checked(query, key, value, geometry, options)
-    choice = explain(OP, _backends(query, key, value, bound, options))
-    if backend == "auto":
-        return choice
-    chosen = choose(OP, backend, _backends(query, key, value, bound, options))
-    others = {name: reason for name, reason in choice.others.items() if name != chosen}
-    return Choice(OP, chosen, {**others, choice.backend: f"not asked for; {chosen!r} was."} if chosen != choice.backend else others)
-
-
-def _run(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, bound: Bound, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    mask = options["key_mask"]
-    if mask is not None:  # whatever a masked key holds, NaN too, must not reach a product
-        key, value = (x.masked_fill(~mask[..., None, None], 0) for x in (key, value))
-    name = choose(OP, backend, _backends(query, key, value, bound, options))
-    return _attend(name)(query, key, value, bound, **options)
-
-
-def _attend(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if name == "tiled":
-        from nearfield.ops.neighborhood import tiled
-
-        return tiled.attend
-    if name == "flex":
-        from nearfield.ops.neighborhood import flex
-
-        return flex.attend
-    return reference.attend
+        raise TypeError(f"why() was given {', '.join(unknown)}. It takes the options {', '.join(names)}.")
+    given = {name: options.get(name) for name in names}
+    bound = _checked(query, key, value, geometry, given["additional_keys"], given["additional_values"], given)
+    return explain(OP, _backends(query, key, value, bound, given))
 
 
 def _backends(
     query: Tensor, key: Tensor, value: Tensor, bound: Bound, options: dict[str, Any]
 ) -> dict[str, Callable[[], Verdict]]:
-    """What each backend says to this problem, best first."""
+    """What each backend says to this problem, the best first."""
 
-    def tiled() -> Verdict:
-        from nearfield.ops.neighborhood import tiled
-
+    def ask_tiled() -> Verdict:
         scores = query.shape[0] * query.shape[-2] * bound.num_queries * bound.num_keys
-        tiny = f"{scores} scores in all: computing every one is quicker." if scores <= TINY else None
+        tiny = f"the problem has only {scores} scores, all of which are quickly computed." if scores <= TINY else None
         return Verdict(tiled.supports(query, key, value, bound, **options), tiny)
 
-    def flex() -> Verdict:
-        from nearfield.ops.neighborhood import flex
-
+    def ask_flex() -> Verdict:
         cannot = flex.supports(query, key, value, bound, **options)
-        return Verdict(cannot, "it compiles every new shape for seconds; ask for it by name.")
+        return Verdict(cannot, "it compiles for seconds per shape, so it runs only when asked for by name.")
 
     return {
-        "native": lambda: Verdict("this build carries no compiled CPU kernels."),
-        "triton": lambda: Verdict("this build carries no GPU kernels."),
-        "tiled": tiled,
+        "native": lambda: Verdict("this build has no compiled CPU kernels."),
+        "triton": lambda: Verdict("this build has no GPU kernels."),
+        "tiled": ask_tiled,
         "reference": Verdict,
-        "flex": flex,
+        "flex": ask_flex,
     }
 
 
-def _checked(query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, options: dict[str, Any]) -> Bound:
-    """The geometry bound to the grid, once every shape, dtype and device is right; fills in `scale`."""
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    more_keys: Tensor | None,
+    more_values: Tensor | None,
+    options: dict[str, Any],
+) -> Bound:
+    """The geometry on the grid of the keys, once every shape, dtype and device is right; fills in the scale."""
     if not isinstance(geometry, Neighborhood):
         raise TypeError(f"geometry is a {type(geometry).__name__}. Give a Neighborhood, such as Neighborhood(7).")
-    check_heads(query, key, value, rank=(4, 5, 6), layout="[batch, one to three grid sides, heads, head_dim]")
+    check_heads(query, key, value, rank=(4, 5, 6), layout=LAYOUT)
     places, grid = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     if len(grid) > 1 and places != grid:
         raise ValueError(f"The grid of the queries is {places}, of the keys {grid}. Give both the same one.")
     bound = _bound(geometry, grid, places[0] if len(grid) == 1 else None)
 
     batch, num_heads, head_dim, num_kv_heads = query.shape[0], query.shape[-2], query.shape[-1], key.shape[-2]
-    more_keys, more_values = options["additional_keys"], options["additional_values"]
     if (more_keys is None) != (more_values is None):
         raise ValueError("additional_keys and additional_values belong together. Give both or neither.")
-    if more_keys is not None:
+    if more_keys is not None and more_values is not None:
         count = more_keys.shape[1] if more_keys.dim() == 4 else "L"
         check("additional_keys", more_keys, (batch, count, num_kv_heads, head_dim), query, query.dtype)
         check("additional_values", more_values, (batch, count, num_kv_heads, value.shape[-1]), query, query.dtype)
@@ -175,7 +154,7 @@ def _checked(query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, 
 
 
 def _bound(geometry: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
-    """`geometry.on(grid)`, also for the symbolic sides of a trace, which no cache can hold."""
-    if all(type(side) is int for side in (*grid, num_queries or 0)):
-        return geometry.on(grid, num_queries=num_queries)
-    return _bind.__wrapped__(geometry, grid, num_queries)
+    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace, which cannot be looked up."""
+    if torch.compiler.is_compiling() or any(type(side) is not int for side in (*grid, num_queries or 0)):
+        return _bind.__wrapped__(geometry, grid, num_queries)
+    return geometry.on(grid, num_queries=num_queries)

@@ -1,0 +1,190 @@
+"""Neighborhood attention of a few new queries against a cache that holds only the sinks and a rolling window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nearfield.core.backend import Verdict, choose
+from nearfield.ops.checks import check, check_heads, scale_or_default, under_autocast
+from nearfield.ops.neighborhood.geometry import Axis, Neighborhood
+
+OP = "neighborhood_attention_decode"
+
+
+def neighborhood_attention_decode(
+    query: Float[Tensor, "b n heads dim"],
+    key: Float[Tensor, "b m kv_heads dim"],
+    value: Float[Tensor, "b m kv_heads dv"],
+    geometry: Neighborhood,
+    *,
+    query_positions: Int[Tensor, "b_or_1 n"] | None = None,
+    key_positions: Int[Tensor, "b_or_1 m"] | None = None,
+    first_position: Int[Tensor, " b"] | None = None,
+    visible: Bool[Tensor, "b_or_1 n m"] | None = None,
+    bias: Float[Tensor, "heads offsets"] | None = None,
+    sink_logits: Float[Tensor, " heads"] | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "b n heads dv"] | tuple[Float[Tensor, "b n heads dv"], Float[Tensor, "b n heads"]]:
+    """The last rows of `neighborhood_attention` in one causal dimension, from a cache without the unseen keys.
+
+        out = neighborhood_attention_decode(
+            q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4), query_positions=at, key_positions=slots
+        )
+
+    Keys, cached and new ones together, stand in any order: `key_positions` says where in its row each belongs,
+    -1 for an empty slot (which must hold finite numbers). Without positions the keys are whole rows and the
+    queries their last tokens. `first_position` says where rows padded on the left begin; without it a row begins
+    at the smallest position among its keys. Layers whose caches hold the same positions can share one
+    `visible = visible_slots(...)`, which then replaces positions and geometry.
+    """
+    check_heads(query, key, value, rank=(4,), layout="[batch, tokens, heads, head_dim]")
+    batch, num_queries, num_heads, head_dim = query.shape
+    num_keys, num_kv_heads = key.shape[1:3]
+    axis = _axis(geometry)
+    reads_positions = bias is not None or axis.border == "pad"
+    if visible is None or reads_positions:
+        query_positions, key_positions = _positions(query, key, query_positions, key_positions)
+        axis = _ending(axis, query_positions)
+    if visible is None:
+        visible = visible_slots(geometry, query_positions, key_positions, first_position)
+    check("visible", visible, (1 if visible.shape[:1] == (1,) else batch, num_queries, num_keys), query, torch.bool)
+
+    addend = None
+    if bias is not None:
+        check("bias", bias, (num_heads, 2 * axis.kernel_size - 1), query)
+        addend = _bias(bias, axis, query_positions, key_positions).unflatten(1, (num_kv_heads, -1))
+    logits = []  # each joins the denominator with the value zero: [B or 1, Hkv or 1, G or 1, N or 1, 1]
+    if sink_logits is not None:
+        check("sink_logits", sink_logits, (num_heads,), query)
+        logits.append(sink_logits.reshape(1, num_kv_heads, -1, 1, 1))
+    if axis.border == "pad":
+        if bias is not None:
+            raise NotImplementedError("Decoding with a bias and border='pad' is missing. Use neighborhood_attention.")
+        start, _ = axis.interval(query_positions // axis.dilation, query_positions % axis.dilation)
+        logits.append((-start).clamp(min=0).log()[:, None, None, :, None])  # so many zero keys of logit 0
+    factor = scale_or_default(scale, head_dim)
+
+    def fast() -> Verdict:
+        asked = {"return_lse": return_lse, "sink_logits or border='pad'": bool(logits)}
+        return Verdict(next((f"torch's fused attention has no {name}." for name, on in asked.items() if on), None))
+
+    name = choose(OP, backend, {"tiled": fast, "reference": Verdict})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        grouped = query.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, N, D]
+        seen = visible[:, None, None]
+        if name == "tiled":
+            out, lse = _fused(grouped, key, value, seen, addend, factor), query.new_zeros(())
+        else:
+            out, lse = _explicit(grouped, key, value, seen, addend, logits, factor)
+        return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse
+
+    out, lse = under_autocast(attend, query, key, value)
+    return (out, lse.flatten(1, 2).transpose(1, 2)) if return_lse else out
+
+
+def visible_slots(
+    geometry: Neighborhood,
+    query_positions: Int[Tensor, "b_or_1 n"],
+    key_positions: Int[Tensor, "b_or_1 m"],
+    first_position: Int[Tensor, " b"] | None = None,
+) -> Bool[Tensor, "b_or_1 n m"]:
+    """Which cached keys each new query sees, from positions alone: compute it once for all layers of a step."""
+    axis = _ending(_axis(geometry), query_positions)
+    i, j = query_positions[:, :, None], key_positions[:, None]
+    axis = replace(axis, size=axis.size[:, :, None])
+    start, end = axis.interval(i // axis.dilation, i % axis.dilation)
+    at = j // axis.dilation
+    seen = (start <= at) & (at < end)
+    if axis.dilation > 1:
+        seen = seen & (i % axis.dilation == j % axis.dilation)
+    first = 0 if first_position is None else first_position[:, None, None]
+    if geometry.num_sinks:
+        if first_position is None:
+            first = j.masked_fill(j < 0, torch.iinfo(j.dtype).max - geometry.num_sinks).amin(-1, keepdim=True)
+        seen = seen | ((j < first + geometry.num_sinks) & (j <= i))
+    return seen & (j >= first)
+
+
+def _fused(grouped: Tensor, key: Tensor, value: Tensor, seen: Tensor, addend: Tensor | None, scale: float) -> Tensor:
+    """All heads of a group as rows of one problem, so that the cache is read once and never repeated."""
+    group, num_queries = grouped.shape[2:4]
+    if addend is None:
+        mask = seen.expand(-1, -1, group, -1, -1) if num_queries > 1 else seen
+    else:
+        mask = addend.to(grouped.dtype).masked_fill(~seen, -torch.inf)
+    out = F.scaled_dot_product_attention(
+        grouped.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask.flatten(2, 3), scale=scale
+    )
+    return out.unflatten(2, (group, num_queries))
+
+
+def _explicit(
+    grouped: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    addend: Tensor | None,
+    logits: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Hkv, G, N, Dv]` and log-sum-exp by the definition."""
+    wide = torch.promote_types(grouped.dtype, torch.float32)
+    scores = torch.einsum("bhgnd,bmhd->bhgnm", grouped.to(wide), key.to(wide)) * scale
+    if addend is not None:
+        scores = scores + addend.to(wide)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = torch.cat([scores, *(x.to(wide).expand(*scores.shape[:-1], 1) for x in logits)], -1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()[..., : key.shape[1]]
+    return torch.einsum("bhgnm,bmhd->bhgnd", weights.to(value.dtype).to(wide), value.to(wide)).to(value.dtype), lse
+
+
+def _axis(geometry: Neighborhood) -> Axis:
+    """The one causal axis of the pattern, of no size yet."""
+    if not isinstance(geometry, Neighborhood):
+        raise TypeError(f"geometry is a {type(geometry).__name__}. Give a Neighborhood, such as Neighborhood(7, is_causal=True).")
+    causal = replace(geometry, border="truncate").on(1).axes[0]
+    if not causal.is_causal:
+        raise ValueError(f"{geometry} cannot decode: new tokens would change old rows. Give is_causal=True.")
+    return replace(causal, border=geometry.border)
+
+
+def _ending(axis: Axis, query_positions: Tensor) -> Axis:
+    """The axis in rows that end at their last query: its size is a tensor `[B or 1, 1]`."""
+    return replace(axis, size=query_positions.amax(-1, keepdim=True) + 1)
+
+
+def _positions(query: Tensor, key: Tensor, at: Tensor | None, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions of queries `[B or 1, N]` and keys `[B or 1, M]`, by default those of whole rows."""
+    batch, num_queries, num_keys = query.shape[0], query.shape[1], key.shape[1]
+    if (at is None) != (slots is None):
+        raise ValueError("query_positions and key_positions belong together. Give both or neither.")
+    if at is None or slots is None:
+        if num_queries > num_keys:
+            raise ValueError(f"{num_queries} queries for {num_keys} keys. The new tokens belong to the keys as well.")
+        slots = torch.arange(num_keys, device=query.device)[None]
+        return slots[:, num_keys - num_queries :], slots
+    for name, x, count in (("query_positions", at, num_queries), ("key_positions", slots, num_keys)):
+        if x.is_floating_point() or x.dtype == torch.bool:
+            raise TypeError(f"{name} has dtype {x.dtype}. It must hold whole numbers, such as torch.int64.")
+        if tuple(x.shape) not in ((1, count), (batch, count)):
+            raise ValueError(f"{name} has shape {list(x.shape)}. It must be [{batch}, {count}], or one row for all.")
+    return at, slots
+
+
+def _bias(bias: Tensor, axis: Axis, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """The table's entry of each query and key in the window `[B or 1, H, N, M]`, 0 for a sink outside it."""
+    i, j = query_positions[:, :, None], key_positions[:, None]
+    start, end = replace(axis, size=axis.size[..., None]).interval(i // axis.dilation, i % axis.dilation)
+    at = j // axis.dilation
+    inside = (start <= at) & (at < end) & (i % axis.dilation == j % axis.dilation)
+    offset = (at - i // axis.dilation + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
+    return bias[:, offset].transpose(0, 1).masked_fill(~inside[:, None], 0)

@@ -1,0 +1,52 @@
+"""Window attention: the tokens of each tile of the grid attend to one another and to nothing else."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfield.core.dims import per_dim
+from nearfield.ops.checks import check_heads, scale_or_default
+
+LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
+TILES = {  # grid dimensions -> pattern from tokens to tiles; read from right to left it leads back
+    1: "b (nx x) h d -> (b nx) h x d",
+    2: "b (ny y) (nx x) h d -> (b ny nx) h (y x) d",
+    3: "b (nt t) (ny y) (nx x) h d -> (b nt ny nx) h (t y x) d",
+}
+AXES = "tyx"
+
+
+def window_attention(
+    query: Float[Tensor, "b *grid heads dim"],
+    key: Float[Tensor, "b *grid kv_heads dim"],
+    value: Float[Tensor, "b *grid kv_heads dv"],
+    *,
+    window_size: int | tuple[int, ...],
+    scale: float | None = None,
+) -> Float[Tensor, "b *grid heads dv"]:
+    """Attention inside tiles of `window_size` that cover the grid without overlap.
+
+    On a 56 x 56 grid `window_size=7` makes 64 attentions of 49 tokens each. It is `neighborhood_attention` with
+    `Neighborhood(kernel_size=window_size, stride=window_size)`.
+    """
+    check_heads(query, key, value, rank=(4, 5, 6), layout=LAYOUT)
+    grid = tuple(query.shape[1:-2])
+    if tuple(key.shape[1:-2]) != grid:
+        raise ValueError(f"The grid of the queries is {grid}, of the keys {tuple(key.shape[1:-2])}. Give both the same one.")
+    sizes = per_dim("window_size", window_size, len(grid))
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"window_size={window_size} must hold whole numbers of at least 1.")
+    if any(side % size for side, size in zip(grid, sizes, strict=True)):
+        padded = tuple(-(-side // size) * size for side, size in zip(grid, sizes, strict=True))
+        raise ValueError(f"window_size={sizes} does not divide the grid {grid}. Pad the tokens to {padded} first.")
+    pattern, axes = TILES[len(grid)], AXES[-len(grid) :]
+    inner = dict(zip(axes, sizes, strict=True))
+    q, k, v = (rearrange(x, pattern, **inner) for x in (query, key, value))
+    grouped = query.shape[-2] != key.shape[-2]
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale_or_default(scale, query.shape[-1]), enable_gqa=grouped)
+    tokens, tiles = pattern.split(" -> ")
+    counts = {f"n{axis}": side // inner[axis] for axis, side in zip(axes, grid, strict=True)}
+    return rearrange(out, f"{tiles} -> {tokens}", **inner, **counts)
