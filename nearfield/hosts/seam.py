@@ -1,13 +1,19 @@
-"""The one place where hosts are entered: every attention call of a model, by name, while a `with` lasts."""
+"""The one place where hosts are entered: every attention call of a model, by name, while a `with` lasts.
+
+Nearly all hosts meet in `F.scaled_dot_product_attention`. transformers models are entered through their own door
+(`hosts/transformers.py`), every other module through a function mode (`hosts/torch_nn.py`). What neither sees:
+flash-attention packages called directly, `flex_attention`, and scripted modules (refused by name).
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -50,15 +56,28 @@ Handler = Callable[[Call], Tensor | None]  # [B, N, H, Dv], or None: the host's 
 
 @contextmanager
 def attention(model: nn.Module, handler: Handler) -> Iterator[nn.Module]:
-    """Every attention call of `model` goes to `handler` first, until the `with` ends; then nothing remains."""
-    with _adapter(model)(model, handler):
+    """Every attention call of `model` in this thread goes to `handler` first, until the `with` ends.
+
+    Where the handler answers None the host goes on bit-equal to a run without it; where it answers a tensor
+    `[B, N, heads, Dv]`, that is the site's result (attention dropout is then the handler's own matter).
+    Nested: the innermost handler is asked first, the outer one where it answers None. A compiled host runs
+    eagerly inside. After the `with`, also after an exception, nothing remains.
+    """
+    from nearfield.hosts import torch_nn
+
+    guests = _transformers_parts(model)
+    with ExitStack() as stack:
+        if "" not in guests:
+            stack.enter_context(torch_nn.attention(model, handler, leave_out=list(guests.values())))
+        for prefix, guest in guests.items():
+            from nearfield.hosts import transformers
+
+            stack.enter_context(transformers.attention(guest, _named(handler, prefix)))
         yield model
 
 
 def sites(model: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     """The attention sites of a model in the order in which one forward with these arguments reaches them."""
-    import torch
-
     found: dict[str, Site] = {}
 
     def note(call: Call) -> None:
@@ -69,10 +88,26 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     return list(found.values())
 
 
-def _adapter(model: nn.Module) -> Callable[[nn.Module, Handler], Any]:
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from nearfield.hosts.transformers import attention as adapter
-    else:
-        from nearfield.hosts.torch_nn import attention as adapter
-    return adapter
+def _transformers_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Prefix -> the outermost transformers models inside `model`; the model itself has the prefix ""."""
+    module = sys.modules.get("transformers.modeling_utils")
+    known = getattr(module, "PreTrainedModel", None)
+    if known is None:  # nobody holds such a model before its package is imported
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, known) and not any(f"{name}.".startswith(f"{n}.") or n == "" for n in found):
+            found[name] = module
+    return found
+
+
+def _named(handler: Handler, prefix: str) -> Handler:
+    """The handler, told site names as the whole model spells them."""
+    prefix = f"{prefix}.".replace("_orig_mod.", "").removeprefix(".")
+    if not prefix:
+        return handler
+
+    def renamed(call: Call) -> Tensor | None:
+        return handler(replace(call, site=replace(call.site, name=prefix + call.site.name)))
+
+    return renamed
