@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from itertools import product
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nearfield.measure.command import run
+from nearfield.measure.locality import measure
 from nearfield.measure.statistics import attention_statistics, choose_rows, label, window_pattern
 from nearfield.ops.neighborhood.geometry import Neighborhood
 
@@ -251,3 +255,203 @@ def test_a_wrong_grid_is_refused_with_a_way_out():
     with pytest.raises(ValueError, match="rows='some'"):
         attention_statistics(query, key, rows="some")
     assert window_pattern(9, (4, 20), False) == Neighborhood((4, 9))
+
+
+def llama(**options):
+    """A tiny decoder with four query heads on two key/value heads."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).train()
+
+
+def dinov2():
+    """A tiny picture encoder with a class token and registers before its 4 x 6 patches."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=24,
+        patch_size=4,
+        num_register_tokens=2,
+        initializer_range=0.3,
+    )
+    return transformers.Dinov2WithRegistersModel(config).eval()
+
+
+def eager_maps(model, **inputs):
+    """The host's own attention maps, `[B, H, N, N]` for each layer."""
+    was, training = model.config._attn_implementation, model.training
+    model.eval().set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    model.set_attn_implementation(was)
+    model.train(training)
+    return [found.double() for found in maps]
+
+
+def check_host(locality, maps, sequences, grid, num_prefix, is_causal, num_sinks):
+    """Measured heads against the host's own maps; `sequences` are the rows and columns of real tokens."""
+    windows = tuple(int(w) for w in locality.windows)
+    assert len(locality.sites) == len(maps)
+    for site, attention in zip(locality.sites, maps, strict=True):
+        for h, head in enumerate(site.heads):
+            each = [
+                by_definition(
+                    attention[b, h][real][:, real],
+                    grid or (len(real),),
+                    num_prefix,
+                    windows,
+                    is_causal,
+                    num_sinks,
+                    range(num_prefix, len(real)),
+                )
+                for b, real in enumerate(sequences)
+            ]
+            weights = [len(real) - num_prefix for real in sequences]
+
+            def mean(name, each=each, weights=weights):
+                return sum(e[name] * w for e, w in zip(each, weights, strict=True)) / sum(weights)
+
+            assert head.distance == pytest.approx(mean("distance"), rel=1e-4)
+            assert head.entropy == pytest.approx(mean("entropy"), rel=1e-4)
+            assert head.sink_mass == pytest.approx(mean("sink_mass"), rel=1e-4)
+            for c, window in enumerate(windows):
+                want = sum(e["inside"][c] * w for e, w in zip(each, weights, strict=True)) / sum(weights)
+                assert head.inside[str(window)] == pytest.approx(want, rel=1e-4)
+            nmi = sum(e["nmi"] for e in each) / len(each)
+            assert head.nmi is None if is_causal else head.nmi == pytest.approx(nmi, rel=1e-3)
+
+
+def test_a_padded_decoder_with_shared_keys_is_measured_as_its_own_maps_say():
+    model = llama()
+    ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :6] = 0
+    heard = []
+    found = measure(
+        model, ids, attention_mask=mask, windows=(3, 16), num_sinks=2, progress=heard.append, name="tiny"
+    )
+    assert model.training  # as it was
+    maps = eager_maps(model, input_ids=ids, attention_mask=mask)
+    check_host(found, maps, [list(range(20)), list(range(6, 20))], None, 0, True, 2)
+    assert heard == [site.name for site in found.sites] == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert found.short_names() == ("model.layers.{}.self_attn", ["0", "1"])
+
+
+def test_a_picture_encoder_is_measured_on_its_grid():
+    model = dinov2()
+    pixels = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    found = measure(model, pixel_values=pixels)
+    assert found.windows == ("3",)
+    check_host(found, eager_maps(model, pixel_values=pixels), [list(range(27))] * 2, (4, 6), 3, False, 0)
+    assert found.sink_words == "class and register tokens"
+    assert {site.unit for site in found.sites} == {"patches"}
+
+
+def test_the_answer_is_the_contract(tmp_path):
+    """JSON of exactly the agreed keys, a table that prints, a picture that is one."""
+    rich = pytest.importorskip("rich.console")
+    pytest.importorskip("matplotlib")
+    ids = torch.arange(20)[None]
+    found = measure(llama(), ids, windows=(4, 8), name="tiny")
+    document = json.loads(json.dumps(found.json(), allow_nan=False))
+    assert document.keys() == {"model", "sites"}
+    assert document["model"] == "tiny"
+    for site in document["sites"]:
+        assert site.keys() == {"name", "heads"}
+        assert len(site["heads"]) == 4
+        for head in site["heads"]:
+            assert head.keys() == {"distance", "inside", "entropy", "sink_mass", "nmi"}
+            assert head["inside"].keys() == {"4", "8"}
+            assert 0 <= head["inside"]["4"] <= head["inside"]["8"] <= 1
+            assert head["nmi"] is None
+    console = rich.Console(width=80, file=io.StringIO())
+    console.print(found)
+    printed = console.file.getvalue()
+    assert "Locality of tiny" in printed
+    assert "Most local" in printed
+    path = found.save_picture(tmp_path / "heat.png", window="8")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="was not measured"):
+        found.save_picture(path, window="5")
+
+
+def test_numbers_that_are_none_are_refused_by_site():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn: \d+ of 256 numbers in its queries"):
+        measure(model, torch.arange(8)[None])
+    assert model.training
+    with pytest.raises(ValueError, match="No attention was seen in Linear"):
+        measure(torch.nn.Linear(3, 3), torch.randn(2, 3))
+
+
+def saved_llama(folder):
+    """A tiny decoder and a tokenizer of single characters, as a folder."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {chr(code): code - 32 for code in range(32, 96)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, unk_token=" "))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    llama(max_position_embeddings=64).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token=" ").save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_with_a_decoder_is_measured_on_text(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = saved_llama(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("A STORY OF NO LENGTH. " * 9, "utf-8")
+    seen = []
+    found = run(
+        str(folder),
+        tokens=48,
+        text=str(tmp_path / "text.txt"),
+        out=tmp_path / "out",
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    assert found.model == str(folder)
+    assert found.windows == ("16",)
+    assert seen[-1] == ("measure attention", 2, 2)
+    assert json.loads((tmp_path / "out" / "locality.json").read_text("utf-8")) == found.json()
+    assert (tmp_path / "out" / "locality.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="Give --tokens 64"):
+        run(str(folder), tokens=65)
+    (tmp_path / "text.txt").write_text("SHORT", "utf-8")
+    with pytest.raises(ValueError, match="The text has 5 tokens, fewer than the 48 asked"):
+        run(str(folder), tokens=48, text=str(tmp_path / "text.txt"))
+    with pytest.raises(ValueError, match="--image has no meaning"):
+        run(str(folder), image="a.png")
+
+
+def test_a_folder_with_a_picture_encoder_is_measured_on_a_picture(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    dinov2().save_pretrained(tmp_path / "model")
+    image.effect_noise((50, 40), 60).save(tmp_path / "noise.png")
+    found = run(str(tmp_path / "model"), image=tmp_path / "noise.png", windows=(3,))
+    assert [site.site.grid for site in found.sites] == [(6, 6), (6, 6)]
+    assert all(0 < head.nmi < 1 for site in found.sites for head in site.heads)
+    (tmp_path / "noise.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        run(str(tmp_path / "model"), image=tmp_path / "noise.png")
+    with pytest.raises(ValueError, match="--tokens has no meaning"):
+        run(str(tmp_path / "model"), tokens=8)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="There is no model"):
+        run(str(tmp_path / "nothing"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Locality:
         return "class and register tokens" if 0 not in prefixed else "prefix or first tokens"
 
     def short_names(self) -> tuple[str, list[str]]:
-        """The sites' common name with {} for what differs, and that part of each; ("", names) if more does."""
+        """The sites' common name with {} for what differs, and that part of each; else "" and full names."""
         names = [site.name for site in self.sites]
         parts = [name.split(".") for name in names]
         if len({len(part) for part in parts}) == 1 and len(names) > 1:
@@ -88,6 +89,13 @@ class Locality:
                 common = [p if i != differ[0] else "{}" for i, p in enumerate(parts[0])]
                 return ".".join(common), [part[differ[0]] for part in parts]
         return "", names
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `locality.json` and `locality.png` into a folder, made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "locality.json").write_text(json.dumps(self.json(), indent=1), "utf-8")
+        self.save_picture(folder / "locality.png")
 
     def save_picture(self, path: str | Path, *, window: str | None = None) -> Path:
         """Writes a heat picture, site by head, of distance, sink mass and mass inside a window."""
@@ -115,11 +123,11 @@ def measure(
 ) -> Locality:
     """How local each head of each attention site is, from one forward `model(*inputs, **kwargs)`.
 
-    `measure(model, input_ids, windows=(64, 1024))` watches the host's queries and keys and keeps no map of all
-    pairs. `windows=None` chooses by grid. `rows` picks the queries to look at: "all", "last_half", or how many
-    to draw with `generator`. `progress` hears the name of every site that is done. The model computes in eval
-    mode without gradients and is left as it was. Raises `ValueError` naming the site where queries or keys are
-    not finite, or where no attention was seen.
+    `measure(model, input_ids, windows=(64, 1024))` watches the host's queries and keys and keeps no map of
+    all pairs. `windows=None` chooses by grid. `rows` picks the queries to look at: "all", "last_half", or how
+    many to draw with `generator`. `progress` hears the name of every site that is done. The model computes in
+    eval mode without gradients and is left as it was. Raises `ValueError` where no attention was seen, and,
+    naming the site, where queries or keys are not finite.
     """
     found: dict[str, _Means] = {}
 
@@ -160,7 +168,7 @@ def measure(
     if not found:
         raise ValueError(
             f"No attention was seen in {type(model).__name__}: nothing to measure. "
-            "Give a transformers model, or one that calls scaled_dot_product_attention or nn.MultiheadAttention."
+            "Give a transformers model, or one that calls scaled_dot_product_attention."
         )
     return Locality(
         name or getattr(model, "name_or_path", "") or type(model).__name__,
@@ -207,8 +215,8 @@ def _check_finite(site: str, what: str, values: Tensor) -> None:
     bad = int(values.numel() - torch.isfinite(values).sum())
     if bad:
         raise ValueError(
-            f"{site}: {bad} of {values.numel()} numbers in its {what} are infinite or NaN, so there is no attention "
-            "to measure. Check the weights and the input, or load the model in float32."
+            f"{site}: {bad} of {values.numel()} numbers in its {what} are infinite or NaN. "
+            "Check the weights and the input, or load the model in float32."
         )
 
 

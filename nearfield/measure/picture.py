@@ -14,7 +14,10 @@ LONG_RANGE = 20  # ratio of largest to smallest distance from which colours go b
 
 
 def figure(locality: Locality, *, window: str | None = None) -> Any:
-    """A matplotlib `Figure` of distance, sink mass and mass inside `window`; None: the one that most tells heads apart."""
+    """A matplotlib `Figure`: distance, sink mass, and mass inside `window`.
+
+    `window=None` takes the one in which heads differ most.
+    """
     matplotlib = require("matplotlib", extra="plot")
     require("matplotlib.figure", extra="plot")
     require("matplotlib.colors", extra="plot")

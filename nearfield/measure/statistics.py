@@ -187,11 +187,12 @@ class _Sums:
     """Running sums over the rows of one sequence."""
 
     def __init__(self, num_heads: int, num_tokens: int, num_features: int, device: torch.device) -> None:
+        fine = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.num_rows, self.entropy, self.sink_mass, self.grid_entropy = torch.zeros(
-            4, num_heads, dtype=torch.float64, device=device
+            4, num_heads, dtype=fine, device=device
         )
-        self.linear = torch.zeros(num_heads, num_features, dtype=torch.float64, device=device)
-        self.received = torch.zeros(num_heads, num_tokens, dtype=torch.float64, device=device)
+        self.linear = torch.zeros(num_heads, num_features, dtype=fine, device=device)
+        self.received = torch.zeros(num_heads, num_tokens, dtype=fine, device=device)
 
     def add(
         self,

@@ -11,7 +11,7 @@ NAMED = 3  # how many heads to name at either end
 
 
 def table(locality: Locality) -> Any:
-    """One line a site: means over its heads, the range of distances; then the most local and most global heads."""
+    """One line a site, means over its heads and the range of distances; then the extreme heads by name."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

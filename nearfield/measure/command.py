@@ -1,0 +1,152 @@
+"""`nearfield measure MODEL`: a model by name, something real to read or look at, and its locality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfield.core.errors import require
+from nearfield.data.text import documents
+from nearfield.hosts import packaged
+from nearfield.measure.locality import Locality, measure
+from nearfield.measure.statistics import Rows, Window
+
+TOKENS = 1024
+HERE = {"local_files_only": True, "trust_remote_code": False}  # a model brings weights, never code
+CHARACTERS_A_TOKEN = 16  # more than any tokenizer's average, so that a cut of the text is long enough
+PICTURES = (  # real pictures that packages carry
+    ("skimage", "data/astronaut.png"),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, which nearly all picture encoders assume
+
+
+def run(
+    model: str,
+    *,
+    tokens: int | None = None,
+    text: str | None = None,
+    image: str | Path | None = None,
+    windows: Sequence[Window] | None = None,
+    rows: Rows = "all",
+    out: str | Path | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> Locality:
+    """The locality of a packaged model, a folder, or a hub name that is on this machine.
+
+    Language models read `tokens` tokens of `text` ("python", "wiki" or a file), picture encoders look at
+    `image` or at a picture that an installed package carries. `locality.json` and `locality.png` go to `out`.
+    """
+    tell = progress or (lambda what, done, total: None)
+    tell("load the model", 0, 1)
+    host, tokenizer = load(model)
+    tell("load the model", 1, 1)
+    if host.main_input_name == "pixel_values":
+        _refuse("pictures", text=text, tokens=tokens)
+        inputs = {"pixel_values": picture(image, host.config.image_size)}
+    elif host.main_input_name == "input_ids":
+        _refuse("text", image=image)
+        inputs = {"input_ids": token_ids(tokenizer, host.config, tokens, text)}
+        if host.can_generate():
+            inputs.update(use_cache=False, logits_to_keep=1)
+    else:
+        raise NotImplementedError(
+            f"{model} takes {host.main_input_name}, for which there is no ready input here. "
+            "From Python, measure(model, your_input) measures it."
+        )
+    total = host.config.get_text_config().num_hidden_layers
+    done: list[str] = []
+
+    def heard(site: str) -> None:
+        done.append(site)
+        tell("measure attention", len(done), max(total, len(done)))
+
+    locality = measure(host, windows=windows, rows=rows, progress=heard, name=model, **inputs)
+    if out is not None:
+        locality.save(out)
+    return locality
+
+
+def load(model: str) -> tuple[nn.Module, Any]:
+    """A transformers model in float32, eval mode, and its tokenizer (None for pictures)."""
+    if model in packaged.NAMES:
+        return packaged.load(model)
+    transformers = require("transformers", extra="hf")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, **HERE)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no model {model!r} on this machine. Give a folder with config.json, a hub name after "
+            f"`hf download {model}`, or one of: {', '.join(packaged.NAMES)}."
+        ) from error
+    writes = any(name.endswith("ForCausalLM") for name in config.architectures or ())
+    auto = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
+    host = auto.from_pretrained(model, **HERE, dtype=torch.float32).eval()
+    if host.main_input_name != "input_ids":
+        return host, None
+    return host, transformers.AutoTokenizer.from_pretrained(model, **HERE)
+
+
+def token_ids(tokenizer: Any, config: Any, tokens: int | None, text: str | None) -> Tensor:
+    """`[1, tokens]` ids from the front of a text source."""
+    most = getattr(config, "max_position_embeddings", None)
+    if tokens is not None and most is not None and tokens > most:
+        raise ValueError(
+            f"The model has {most:,} positions and cannot read {tokens:,} tokens. Give --tokens {most}."
+        )
+    wanted = tokens or min(TOKENS, most or TOKENS)
+    source = "\n\n".join(documents(text or "python"))[: wanted * CHARACTERS_A_TOKEN]
+    ids = tokenizer(source, return_tensors="pt", truncation=True, max_length=wanted).input_ids
+    if ids.shape[1] < (tokens or 2):
+        raise ValueError(
+            f"The text has {ids.shape[1]:,} tokens, fewer than the {wanted:,} asked. "
+            "Give a longer one, or fewer --tokens."
+        )
+    return ids
+
+
+def picture(image: str | Path | None, size: int | Sequence[int]) -> Tensor:
+    """`[1, 3, height, width]`: a picture scaled and cut in the middle to `size`, normalised for ImageNet."""
+    Image = require("PIL.Image", package="pillow")
+    numpy = require("numpy", package="numpy")
+    height, width = (size, size) if isinstance(size, int) else size
+    path = Path(image) if image is not None else _shipped_picture()
+    try:
+        with Image.open(path) as opened:
+            found = opened.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a picture ({error}). Give --image a PNG or JPEG file."
+        ) from None
+    scale = max(width / found.width, height / found.height)
+    found = found.resize((max(width, round(found.width * scale)), max(height, round(found.height * scale))))
+    left, top = (found.width - width) // 2, (found.height - height) // 2
+    found = found.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(numpy.array(found)).permute(2, 0, 1) / 255
+    return ((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
+
+
+def _shipped_picture() -> Path:
+    for package, inside in PICTURES:
+        spec = find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (path := Path(folder) / inside).is_file():
+                return path
+    raise ValueError(
+        "The model looks at pictures and no installed package carries one. Give --image FILE, or pip install "
+        "scikit-image."
+    )
+
+
+def _refuse(kind: str, **options: Any) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"The model takes {kind}: {' and '.join(given)} has no meaning for it. Leave it out."
+        )
