@@ -304,7 +304,7 @@ class Bound:
         """Tile pairs that a kernel with these query and key tiles visits, over all dilation groups."""
         found = []
         for axis, q, kv in zip(
-            self.axes, self._tile("q_tile", q_tile), self._tile("kv_tile", kv_tile), strict=True
+            self.axes, self.tile_sides("q_tile", q_tile), self.tile_sides("kv_tile", kv_tile), strict=True
         ):
             found.append(axis.tiles(q, kv, num_sinks=self.pattern.num_sinks, first=self.offset))
         return Tiles(*(prod(counts) for counts in zip(*found, strict=True)))
@@ -348,7 +348,8 @@ class Bound:
                     return True
         return False
 
-    def _tile(self, name: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
+    def tile_sides(self, name: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
+        """One tile side per axis, checked."""
         sides = per_dim(name, value, len(self.axes))
         if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
             raise ValueError(f"{name}={value!r} must hold whole numbers of at least 1.")
