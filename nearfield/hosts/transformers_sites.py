@@ -1,0 +1,159 @@
+"""Where transformers models compute attention, and what they say of each place."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from nearfield.hosts.seam import Role
+
+MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens of known image models
+
+
+class PatchGrid:
+    """The grid of patches that a patch embedding put out last, in each thread."""
+
+    def __init__(self) -> None:
+        self.by_thread: dict[int, tuple[int, ...]] = {}
+        self.last: tuple[int, ...] | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Forward hook of the patch convolution."""
+        self.last = self.by_thread[threading.get_ident()] = tuple(output.shape[2:])
+
+    def fit(self, num_tokens: int) -> tuple[tuple[int, ...] | None, int]:
+        """`(grid, class and register tokens)` of so many tokens; no grid where they do not fit."""
+        grid = self.by_thread.get(threading.get_ident(), self.last)
+        if grid is None:
+            return None, 0
+        prefix = num_tokens - grid[0] * grid[1]
+        return (grid, prefix) if 0 <= prefix <= MOST_PREFIX_TOKENS else (None, 0)
+
+
+def watch_grids(model: nn.Module, targets: set[nn.Module], stack: ExitStack) -> dict[nn.Module, PatchGrid]:
+    """Attention module -> the grid of the patch convolution that is built from the same config object."""
+    found: dict[nn.Module, PatchGrid] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if (
+            not isinstance(module, nn.Conv2d)
+            or module.kernel_size != module.stride
+            or max(module.kernel_size) == 1
+        ):
+            continue
+        owners = (modules[name.rsplit(".", depth)[0]] for depth in range(1, name.count(".") + 1))
+        config = next((config_of(owner) for owner in (*owners, model) if config_of(owner) is not None), None)
+        linked = [target for target in targets if config is not None and config_of(target) is config]
+        if linked:
+            grid = PatchGrid()
+            stack.callback(module.register_forward_hook(grid).remove)
+            for target in linked:
+                found.setdefault(target, grid)
+    return found
+
+
+def refuse_unswitchable(model: nn.Module, targets: set[nn.Module]) -> None:
+    """Raises for attention that does not go through the interface, or is more than SDPA can say."""
+    from transformers import PreTrainedModel
+
+    for name, part in model.named_modules():
+        if not isinstance(part, PreTrainedModel) or (
+            part._can_set_attn_implementation() and part._supports_sdpa
+        ):
+            continue
+        for child, module in part.named_modules():
+            if (
+                module in targets
+                and "attention" in type(module).__name__.lower()
+                and config_of(module) in (None, part.config)
+            ):
+                site = ".".join(filter(None, (name, child)))
+                raise NotImplementedError(
+                    f"Site {site!r} computes its attention itself: {type(part).__name__} has no sdpa form in "
+                    "transformers. Enter only the parts of the model that have one."
+                )
+
+
+def find(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    if name in modules and is_attention(modules[name]):
+        return modules[name]
+    known = [known for known, module in modules.items() if is_attention(module)]
+    near = get_close_matches(name, known, n=3, cutoff=0.0) or ["none at all"]
+    raise ValueError(f"The model has no attention site {name!r}. Near it: {', '.join(near)}.")
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Module -> dotted name, as the model that was compiled spells it."""
+    names = {module: name.replace("_orig_mod.", "") for name, module in model.named_modules()}
+    return {module: "" if name == "_orig_mod" else name for module, name in names.items()}
+
+
+def configs_of(modules: set[nn.Module]) -> list[Any]:
+    """The distinct config objects of some modules."""
+    found = {id(config): config for config in map(config_of, modules) if config is not None}
+    return list(found.values())
+
+
+def config_of(module: nn.Module | None) -> Any:
+    """The transformers config of a module, None where it has none."""
+    from transformers import PreTrainedConfig
+
+    config = getattr(module, "config", None)
+    return config if isinstance(config, PreTrainedConfig) else None
+
+
+def is_attention(module: nn.Module) -> bool:
+    named = "attention" in type(module).__name__.lower()
+    return named and isinstance(getattr(module, "is_causal", None), bool) and config_of(module) is not None
+
+
+def is_causal_site(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_causal", True))
+
+
+def role_of(module: nn.Module, name: str) -> Role:
+    crossing = getattr(module, "is_cross_attention", False) or "cross" in type(module).__name__.lower()
+    own_name = name.rpartition(".")[2]
+    return "cross" if crossing or "cross" in own_name or own_name == "encoder_attn" else "self"
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """The layer type that the config names for a module, if it names any."""
+    kinds, index = getattr(config_of(module), "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else None
+
+
+def native_window(module: nn.Module) -> int | None:
+    """The host's own causal sliding window at a site: `w` shows a token w keys, itself counted."""
+    kind = layer_type(module)
+    if not is_causal_site(module) or kind not in (None, "sliding_attention"):
+        return None
+    return getattr(config_of(module), "sliding_window", None)
+
+
+def num_kv_heads_of(module: nn.Module) -> int:
+    config = config_of(module)
+    for owner, name in (
+        (module, "num_key_value_heads"),
+        (config, "num_key_value_heads"),
+        (config, "num_attention_heads"),
+    ):
+        number = getattr(owner, name, None)
+        if isinstance(number, int):
+            return number
+    raise NotImplementedError(
+        f"{type(config).__name__} does not say how many heads {type(module).__name__} has."
+    )
+
+
+def head_dim_of(module: nn.Module) -> int:
+    config = config_of(module)
+    for owner, name in ((module, "head_dim"), (module, "attention_head_size"), (config, "head_dim")):
+        number = getattr(owner, name, None)
+        if isinstance(number, int):
+            return number
+    return config.hidden_size // config.num_attention_heads
