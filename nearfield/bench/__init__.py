@@ -23,12 +23,12 @@ def run(
     rivals: bool = False,
     threads: int = 1,
     seconds: float = 3.0,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
 ) -> BenchResult:
     """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
 
     `cases` are ids (all that fit the device if None); `seconds` bounds the repeats of one timing and the
-    expected length of a rival's call; `progress(done, total, label)` is told before each row and at the end.
+    expected length of a rival's call; `progress(what, done, total)` is told before each row and at the end.
     """
     if op not in OPS:
         raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")

@@ -18,7 +18,7 @@ from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.neighborhood import neighborhood_attention, why
 from nearfield.plan.roofline import DEVICES, predict
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[str, float, float], None]
 
 
 def run_neighborhood(
@@ -51,7 +51,7 @@ def run_neighborhood(
     with _threads(threads):
         for done, (case, dtype, direction) in enumerate(plan):
             if progress is not None:
-                progress(done, len(plan), f"{case.id} {direction} {dtype}")
+                progress("bench neighborhood", done, len(plan))
             row = _row(
                 case,
                 dtype,
@@ -64,7 +64,7 @@ def run_neighborhood(
             )
             rows.append(row)
     if progress is not None:
-        progress(len(plan), len(plan), "done")
+        progress("bench neighborhood", len(plan), len(plan))
     return BenchResult(op="neighborhood", rows=tuple(rows), **provenance(device, threads))
 
 

@@ -2,59 +2,83 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
     from nearfield.bench.results import BenchResult, Comparison
 
+UNITS = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
+STYLE: dict[str, Any] = {"box": SIMPLE, "title_justify": "left", "caption_justify": "left"}
 
-def span(seconds: float | None) -> str:
-    """Seconds in the unit that reads best."""
+
+def span(seconds: float | None, *, least: float | None = None, most: float | None = None) -> str:
+    """Seconds in the unit that reads best, with the range of repeats in the same one: 17.9 (13.8–21.2) ms."""
     if seconds is None:
         return "–"
-    for factor, unit in ((1.0, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.{3 if seconds * factor < 1000 else 4}g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    factor, unit = next((each for each in UNITS if seconds * each[0] >= 1), UNITS[-1])
+    numbers = [f"{value * factor:.3g}" for value in (seconds, least, most) if value is not None]
+    return f"{numbers[0]} ({numbers[1]}–{numbers[2]}) {unit}" if len(numbers) == 3 else f"{numbers[0]} {unit}"
 
 
 def result_table(result: BenchResult) -> Group:
-    """One line a row: time, prediction, rate, share of GEMM, and how many times longer each rival takes."""
+    """One line a row: time, prediction, rate, share of GEMM; then how many times longer each rival takes."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    names = list(dict.fromkeys(name for row in result.rows for name in row["rivals"]))
-    table = Table(title=f"{result.op} on {result.machine or result.device}, {_threads(result.threads)}")
-    for heading in ("case", "direction", "dtype", "backend"):
-        table.add_column(heading, no_wrap=heading == "case")
-    for heading in ("median", "min – max", "predicted", "GFLOP/s", "of GEMM", *names):
-        table.add_column(heading, justify="right")
-    has_scaled = False
+    table = Table(
+        title=f"{result.op} on {result.machine or result.device}, {_threads(result.threads)}", **STYLE
+    )
+    _columns(table, "median (min–max)", "predicted", "GFLOP/s", "of GEMM", backend=True)
     for row in result.rows:
-        cells = []
-        for name in names:
-            is_scaled = name in row.get("rivals_notes", {})
-            has_scaled = has_scaled or is_scaled
-            times = f"{row['rivals'][name] / row['seconds']:.1f}×" if name in row["rivals"] else "–"
-            cells.append(times + "*" * is_scaled)
         table.add_row(
-            row["case"], row["direction"], row["dtype"], row["backend"], span(row["seconds"]),
-            f"{span(row['min'])} – {span(row['max'])}", span(row["predicted_seconds"]),
-            f"{row['useful_gflops']:.1f}", f"{100 * row['ratio_to_gemm']:.1f} %", *cells,
-        )  # fmt: skip
-    notes = ["Rivals: their time / ours."] if names else []
-    if has_scaled:
-        notes.append("* timed on fewer heads and scaled.")
-    reasons: dict[tuple[str, str], int] = {}
+            *(row[name] for name in ("case", "direction", "dtype", "backend")),
+            span(row["seconds"], least=row["min"], most=row["max"]),
+            span(row["predicted_seconds"]),
+            f"{row['useful_gflops']:.1f}",
+            f"{100 * row['ratio_to_gemm']:.1f} %",
+        )
+    return Group(table, *_rivals(result), *(Text(note) for note in _reasons(result)))
+
+
+def _rivals(result: BenchResult) -> list[Table]:
+    """The table of rivals, where any was timed."""
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for row in result.rows for name in row["rivals"]))
+    if not names:
+        return []
+    table = Table(title="rivals: their time / ours", **STYLE)
+    _columns(table, *names)
+    notes = [row.get("rivals_notes", {}) for row in result.rows]
+    for row, note in zip(result.rows, notes, strict=True):
+        cells = [
+            f"{row['rivals'][name] / row['seconds']:.1f}×{'*' if name in note else ''}"
+            if name in row["rivals"]
+            else "–"
+            for name in names
+        ]
+        table.add_row(*(row[name] for name in ("case", "direction", "dtype")), *cells)
+    if any(notes):
+        table.caption = "* timed on fewer heads and scaled"
+    return [table]
+
+
+def _reasons(result: BenchResult) -> list[str]:
+    """Why rivals are missing, the same reason once."""
+    counts: dict[tuple[str, str], int] = {}
     for row in result.rows:
         for name, reason in row.get("rivals_skipped", {}).items():
-            reasons[name, reason] = reasons.get((name, reason), 0) + 1
-    for (name, reason), count in reasons.items():
-        notes.append(f"{name} left out of {count} of {len(result.rows)} rows: {reason}")
-    return Group(table, *(Text(note) for note in notes))
+            counts[name, reason] = counts.get((name, reason), 0) + 1
+    rows = len(result.rows)
+    return [
+        f"{name} left out of {count} of {rows} rows: {reason}" for (name, reason), count in counts.items()
+    ]
 
 
 def comparison_table(comparison: Comparison) -> Group:
@@ -64,25 +88,32 @@ def comparison_table(comparison: Comparison) -> Group:
     from rich.text import Text
 
     a, b = comparison.a, comparison.b
-    table = Table(title=f"{a.op}: a = {_origin(a)}, b = {_origin(b)}")
-    for heading in ("case", "direction", "dtype", "backend"):
-        table.add_column(heading, no_wrap=heading == "case")
-    for heading in ("a", "b", "b / a", "a of GEMM", "b of GEMM"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"{a.op}: a = {_origin(a)}, b = {_origin(b)}", **STYLE)
+    _columns(table, "a", "b", "b / a", "a of GEMM", "b of GEMM", backend=True)
     for row in comparison.rows:
-        same = row["backend_a"] == row["backend_b"]
+        is_same = row["backend_a"] == row["backend_b"]
         style = "" if not row["is_clear"] else "green" if row["ratio"] < 1 else "red"
         table.add_row(
-            row["case"], row["direction"], row["dtype"],
-            row["backend_a"] if same else f"{row['backend_a']} → {row['backend_b']}",
-            span(row["seconds_a"]), span(row["seconds_b"]), Text(f"{row['ratio']:.2f}", style=style),
-            f"{100 * row['ratio_to_gemm_a']:.1f} %", f"{100 * row['ratio_to_gemm_b']:.1f} %",
-        )  # fmt: skip
+            *(row[name] for name in ("case", "direction", "dtype")),
+            row["backend_a"] if is_same else f"{row['backend_a']} → {row['backend_b']}",
+            span(row["seconds_a"]),
+            span(row["seconds_b"]),
+            Text(f"{row['ratio']:.2f}", style=style),
+            f"{100 * row['ratio_to_gemm_a']:.1f} %",
+            f"{100 * row['ratio_to_gemm_b']:.1f} %",
+        )
     notes = ["Below 1: b is faster. Coloured where the ranges of the repeats do not touch."]
     notes += [f"{name} differs: a {mine}, b {theirs}" for name, (mine, theirs) in comparison.differs.items()]
     notes += [f"only in a: {words}" for words in comparison.only_a]
     notes += [f"only in b: {words}" for words in comparison.only_b]
     return Group(table, *(Text(note) for note in notes))
+
+
+def _columns(table: Table, *numbers: str, backend: bool = False) -> None:
+    for heading in ("case", "direction", "dtype", *(["backend"] if backend else [])):
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
 
 
 def _threads(count: int) -> str:
