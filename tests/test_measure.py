@@ -17,6 +17,12 @@ from nearfield.measure.statistics import attention_statistics, choose_rows, labe
 from nearfield.ops.neighborhood.geometry import Neighborhood
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors here are so small that waiting for a second thread is most of the time."""
+    torch.set_num_threads(1)
+
+
 def tensors(n, m, heads=4, kv_heads=2, dim=8, batch=2, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, n, heads, dim, generator=generator, dtype=torch.float64)

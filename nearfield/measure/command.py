@@ -45,6 +45,8 @@ def run(
     """
     tell = progress or (lambda what, done, total: None)
     tell("load the model", 0, 1)
+    host: Any
+    inputs: dict[str, Any]
     host, tokenizer = load(model)
     tell("load the model", 1, 1)
     if host.main_input_name == "pixel_values":

@@ -1,0 +1,237 @@
+"""What a pattern would cost a model, before it is converted: one forward and one checkpointed backward.
+
+Where a site's output would move by Δ, the loss moves to second order by ½ E[(g·Δ)²], g being the gradient of the
+loss with respect to that output (the Fisher form of the Gauss-Newton term; the first-order term has mean zero on
+a trained model). Δ is had exactly, for every candidate pattern and key/value-head group, on sampled query rows;
+nothing of size N x N is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nearfield.hosts.seam import Call, Site, attention
+from nearfield.ops.neighborhood import Neighborhood
+
+BLOCK = 64  # neighbouring query rows that are sampled together: their windows overlap
+
+
+@dataclass(frozen=True)
+class SiteDamage:
+    """Predicted loss added at one site: `damage[group, candidate]` on the sampled rows, scaled to all that
+    count; `recall` the same on the rows that answer questions (zeros where none were named)."""
+
+    site: Site
+    candidates: tuple[Neighborhood, ...]
+    damage: Float[Tensor, "kv_heads candidates"]
+    recall: Float[Tensor, "kv_heads candidates"]
+    needle_mass: Float[Tensor, " kv_heads"]
+
+
+def sensitivity(
+    model: nn.Module,
+    objective: Callable[[nn.Module], Tensor],
+    candidates: Callable[[Site], Sequence[Neighborhood]],
+    *,
+    rows: range,
+    answer_rows: Sequence[int] = (),
+    needle: Sequence[int] = (),
+    num_blocks: int = 16,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SiteDamage]:
+    """Per attention site and key/value-head group, the loss that each candidate pattern would add.
+
+    `objective(model)` runs the model on one sequence and gives the *summed* loss; `rows` are the query rows that
+    it depends on, of which `num_blocks` runs of 64 are sampled (all, if there are no more). Candidates that show
+    a query everything cost nothing. `needle` names keys (tokens that an answer is read from): the largest share
+    of attention that any query head of a group puts on them from `answer_rows` is reported.
+
+    Raises `ValueError` where a gradient is not finite, naming the site.
+    """
+    watch = _Watch(candidates, rows, tuple(answer_rows), tuple(needle), num_blocks, generator, progress)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:  # gradients of activations are asked, none of weights
+        parameter.requires_grad_(False)
+    try:
+        with attention(model, watch), torch.enable_grad(), _checkpointed(model, watch.blocks):
+            loss = objective(model)
+            watch.backward = True
+            loss.backward()
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    return [watch.found[name] for name in watch.order]
+
+
+class _Watch:
+    """The handler: full attention, and, once its gradient is known, the damage of each candidate."""
+
+    def __init__(self, candidates, rows, answer_rows, needle, num_blocks, generator, progress):
+        self.candidates, self.rows, self.answer_rows, self.needle = candidates, rows, answer_rows, needle
+        self.progress = progress
+        self.blocks: list[range] = []
+        self.starts, self.share = _sample(rows, num_blocks, generator)
+        self.backward = False
+        self.live: dict[str, tuple[Call, Tensor]] = {}
+        self.order: list[str] = []
+        self.found: dict[str, SiteDamage] = {}
+
+    def __call__(self, call: Call) -> Tensor | None:
+        if call.site.role != "self" or call.mask is not None:
+            raise ValueError(
+                f"Site {call.site.name}: sensitivity is measured on one unpadded sequence of self-attention."
+            )
+        q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))  # [B, heads, N, D]
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=call.site.is_causal, scale=call.scale, enable_gqa=grouped
+        ).transpose(1, 2)
+        name = call.site.name
+        if self.backward:
+            # the recomputation of a checkpointed block: these tensors live until its gradient arrives
+            self.live[name] = (call, out.detach())
+        elif out.requires_grad:
+            self.order.append(name)
+            out.register_hook(lambda gradient: self.weigh(name, gradient))
+        return out
+
+    def weigh(self, name: str, gradient: Tensor) -> None:
+        call, out = self.live.pop(name)
+        if not gradient.isfinite().all():
+            raise ValueError(f"Site {name}: the gradient of its output is not finite. Check the weights and the input.")
+        with torch.no_grad():
+            self.found[name] = self._damage(call, out, gradient)
+        if self.progress:
+            self.progress(len(self.found), len(self.order))
+
+    def _damage(self, call: Call, out: Tensor, gradient: Tensor) -> SiteDamage:
+        site = call.site
+        patterns = tuple(self.candidates(site))
+        text, recall = (torch.zeros(site.num_kv_heads, len(patterns)) for _ in range(2))
+        mass = torch.zeros(site.num_kv_heads)
+        for start in self.starts:
+            span = range(start, min(start + BLOCK, self.rows.stop))
+            text += _moved(call, out, gradient, patterns, span)[0] * self.share
+        if self.answer_rows:
+            first, last = min(self.answer_rows), max(self.answer_rows)
+            moved, mass = _moved(call, out, gradient, patterns, range(first, last + 1), self.needle)
+            recall += moved
+        return SiteDamage(site, patterns, text / 2, recall / 2, mass)
+
+
+def _moved(
+    call: Call, out: Tensor, gradient: Tensor, patterns: Sequence[Neighborhood], rows: range, needle: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Σ over `rows` and a group's query heads' joint output of (g·Δ)² per (group, pattern); and needle mass."""
+    site = call.site
+    groups, num_keys = site.num_kv_heads, call.key.shape[1]
+    prefix = site.num_prefix
+    stop = rows.stop if site.is_causal else num_keys
+    span = slice(rows.start, rows.stop)
+
+    def grouped(x: Tensor) -> Tensor:  # [B, n, H, D] -> [B, groups, heads of a group, n, D]
+        return x.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+
+    q, g, full = (grouped(x[:, span]).float() for x in (call.query, gradient, out))
+    k = call.key[:, :stop].transpose(1, 2).unsqueeze(2).float()  # [B, groups, 1, keys, D]
+    v = call.value[:, :stop].transpose(1, 2).unsqueeze(2).float()
+    scores = (q @ k.transpose(-1, -2)).mul_(call.scale)
+    index = torch.arange(rows.start, rows.stop, device=q.device)[:, None], torch.arange(stop, device=q.device)[None]
+    if site.is_causal:
+        scores.masked_fill_(index[1] > index[0], float("-inf"))
+    share = scores.softmax(-1)  # [B, groups, heads, rows, keys]
+    found = torch.zeros(groups, len(patterns))
+    before = torch.zeros(len(rows), stop, dtype=torch.bool, device=q.device)
+    mass = moment = None
+    for at, pattern in enumerate(patterns):
+        seen = _visible(pattern, site, num_keys, *index)
+        if mass is None or (before & ~seen).any():  # not nested in the one before: start anew
+            mass, moment = share.new_zeros(share.shape[:-1] + (1,)), torch.zeros_like(full)
+            before = torch.zeros_like(seen)
+        ring = seen & ~before
+        columns = ring.any(0).nonzero()
+        if len(columns):
+            inside = slice(int(columns[0]), int(columns[-1]) + 1)
+            # sinks stand far from the window: taken apart, the ring stays narrow
+            for part in _runs(inside, ring):
+                weight = share[..., part] * ring[:, part]
+                mass = mass + weight.sum(-1, keepdim=True)
+                moment = moment + weight @ v[..., part, :]
+        before = seen
+        moved = moment / mass.clamp_min(1e-30) - full
+        moved[..., : max(prefix - rows.start, 0), :] = 0  # prefix tokens keep full attention
+        found[:, at] = (g * moved).sum((2, 4)).square().sum((0, 2)).cpu()
+    on_needle = torch.zeros(groups)
+    if needle:
+        on_needle = share[..., list(needle)].sum(-1).amax((0, 2, 3)).cpu()
+    return found, on_needle
+
+
+def _runs(inside: slice, ring: Tensor) -> Iterator[slice]:
+    """The column ranges of `ring` that hold anything, split where a wide empty gap allows it."""
+    used = ring.any(0)[inside].nonzero().flatten() + inside.start
+    cuts = ((used[1:] - used[:-1]) > BLOCK).nonzero().flatten().tolist()
+    first = 0
+    for cut in [*cuts, len(used) - 1]:
+        yield slice(int(used[first]), int(used[cut]) + 1)
+        first = cut + 1
+
+
+def _visible(pattern: Neighborhood, site: Site, num_keys: int, rows: Tensor, keys: Tensor) -> Tensor:
+    prefix = site.num_prefix
+    bound = pattern.on(site.grid if site.grid is not None else (num_keys,))
+    seen = bound.mask_mod(None, None, (rows - prefix).clamp(min=0), (keys - prefix).clamp(min=0))
+    if prefix:
+        seen = seen & (keys >= prefix) | (keys < prefix) | (rows < prefix)
+    return seen & (keys <= rows) if site.is_causal else seen
+
+
+def _sample(rows: range, num_blocks: int, generator: torch.Generator | None) -> tuple[list[int], float]:
+    """First rows of the sampled blocks, one at random in each of `num_blocks` strata, and the scale to all rows."""
+    length = len(rows)
+    if length <= num_blocks * BLOCK:
+        return list(range(rows.start, rows.stop, BLOCK)), 1.0
+    stratum = length / num_blocks
+    drawn = torch.rand(num_blocks, generator=generator).tolist()
+    starts = [rows.start + int(i * stratum + u * (stratum - BLOCK)) for i, u in enumerate(drawn)]
+    return starts, length / (num_blocks * BLOCK)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, _unused: object = None) -> Iterator[None]:
+    """Each entry of the host's stacks of layers recomputes its inside in the backward pass."""
+    blocks = list(_layers(model))
+
+    def recomputed(forward: Callable[..., object]) -> Callable[..., object]:
+        def run(hidden: Tensor, *args: object, **kwargs: object) -> object:
+            if not hidden.requires_grad:
+                hidden = hidden.detach().requires_grad_()
+            return checkpoint(lambda h: forward(h, *args, **kwargs), hidden, use_reentrant=False)
+
+        return run
+
+    for block in blocks:
+        block.forward = recomputed(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost module lists: the layers of every stack."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+        else:
+            yield from _layers(module)
