@@ -24,13 +24,14 @@ def qkv(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal query, key and value of `shape = (batch, *grid, heads, head_dim)`, the same for the same seed."""
+    """Normal query, key and value of `shape = (batch, *grid, heads, head_dim)`, one draw for each seed."""
     *places, num_heads, head_dim = shape
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     draw = torch.Generator().manual_seed(seed)
     shapes = (shape, (*places, kv_heads, head_dim), (*places, kv_heads, value_dim or head_dim))
     query, key, value = (
-        torch.randn(s, generator=draw, dtype=torch.float64).to(device, dtype).requires_grad_(requires_grad) for s in shapes
+        torch.randn(s, generator=draw, dtype=torch.float64).to(device, dtype).requires_grad_(requires_grad)
+        for s in shapes
     )
     return query, key, value
 
@@ -50,7 +51,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error / float(size.square().sum().sqrt()) if size.any() else error
 
 
-def assert_close(actual: Tensor, expected: Tensor, *, gradient: bool = False, within: float | None = None) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, *, gradient: bool = False, within: float | None = None
+) -> None:
     """Fail unless the relative rms error is within the tolerance of `actual`'s dtype, or `within`."""
     allowed = tolerance(actual.dtype, gradient=gradient) if within is None else within
     error = relative_error(actual, expected)

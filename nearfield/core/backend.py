@@ -15,7 +15,7 @@ VARIABLE = "NEARFIELD_BACKEND"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one backend says to one problem: nothing, "I cannot" or "I can, but another is better"."""
+    """What one backend says to one problem: nothing, "I cannot", or "I can, but another is better"."""
 
     cannot: str | None = None
     unfit: str | None = None
@@ -39,7 +39,7 @@ class Choice:
 
 
 def requested(backend: str) -> str:
-    """`backend`, known to exist; the environment variable NEARFIELD_BACKEND replaces "auto" and nothing else."""
+    """`backend`, known to exist; the variable NEARFIELD_BACKEND replaces "auto" and nothing else."""
     source = "backend"
     if backend == "auto" and os.environ.get(VARIABLE):
         backend, source = os.environ[VARIABLE], VARIABLE
@@ -61,9 +61,13 @@ def choose(op: str, backend: str, ask: Mapping[str, Callable[[], Verdict]]) -> s
             if said.cannot is None and said.unfit is None:
                 return name
         raise BackendUnavailable(f"No backend of {op} can run this: {explain(op, ask).others}")
-    reason = ask[backend]().cannot if backend in ask else f"{op} has no such backend; it has {', '.join(ask)}."
+    reason = (
+        ask[backend]().cannot if backend in ask else f"{op} has no such backend; it has {', '.join(ask)}."
+    )
     if reason is not None:
-        raise BackendUnavailable(f"backend={backend!r} cannot run here: {reason} backend='auto' picks one that can.")
+        raise BackendUnavailable(
+            f"backend={backend!r} cannot run here: {reason} backend='auto' picks one that can."
+        )
     return backend
 
 

@@ -11,12 +11,16 @@ from torch import Tensor, dtype
 T = TypeVar("T")
 
 
-def check(name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, kind: dtype | None = None) -> None:
-    """Refuse `x` unless it has `shape`, lies where `like` does and has dtype `kind` (None: any floating one)."""
+def check(
+    name: str, x: Tensor, shape: tuple[int | str, ...], like: Tensor, kind: dtype | None = None
+) -> None:
+    """Refuse `x` unless it has `shape`, the device of `like` and dtype `kind` (None: any floating one)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}. Give a tensor of shape {list(shape)}.")
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} has shape {list(x.shape)}. It must be {list(shape)} to fit the other tensors.")
+        raise ValueError(
+            f"{name} has shape {list(x.shape)}. It must be {list(shape)} to fit the other tensors."
+        )
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the query on {like.device}. Move them to one device.")
     if not x.is_floating_point() if kind is None else x.dtype != kind:
@@ -29,12 +33,15 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, *, rank: tuple[int, .
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}. Give a tensor of shape {layout}.")
         if x.dim() not in rank or x.dim() != query.dim():
-            raise ValueError(f"{name} has shape {list(x.shape)}, query {list(query.shape)}. Both must be {layout}.")
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}, query {list(query.shape)}. Both must be {layout}."
+            )
     if not query.is_floating_point():
         raise TypeError(f"query has dtype {query.dtype}. It must be a floating dtype.")
     if query.shape[-1] < 1 or query.shape[-2] < 1 or key.shape[-2] < 1:
         raise ValueError(
-            f"query has shape {list(query.shape)}, key {list(key.shape)}. Heads and head_dim must be at least 1."
+            f"query has shape {list(query.shape)}, key {list(key.shape)}. "
+            "Heads and head_dim must be at least 1."
         )
     check("key", key, (query.shape[0], *key.shape[1:-1], query.shape[-1]), query, query.dtype)
     check("value", value, (*key.shape[:-1], value.shape[-1]), query, query.dtype)
@@ -48,7 +55,9 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor, *, rank: tuple[int, .
 def scale_or_default(scale: float | None, head_dim: int) -> float:
     """The factor on the scores: `scale`, or `head_dim ** -0.5`."""
     if isinstance(scale, Tensor):
-        raise TypeError("scale is a tensor. Give a number; multiply the query by a learned scale and pass scale=1.0.")
+        raise TypeError(
+            "scale is a tensor. Give a number; multiply the query by a learned scale and pass scale=1.0."
+        )
     return head_dim**-0.5 if scale is None else scale
 
 

@@ -51,7 +51,9 @@ def attend(
         scores = scores + addend.to(wide)
     if visible is None:
         visible = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=query.device)
-    weights = score(scores, visible.expand(scores.shape)).to(value.dtype).to(wide).unflatten(1, (num_kv_heads, -1))
+    weights = (
+        score(scores, visible.expand(scores.shape)).to(value.dtype).to(wide).unflatten(1, (num_kv_heads, -1))
+    )
     return torch.einsum("bhgnm,bmhd->bnhgd", weights, value.to(wide)).flatten(2, 3).to(value.dtype)
 
 

@@ -28,17 +28,28 @@ __all__ = [
 
 OP = "neighborhood_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
-TINY = 1 << 14  # scores; a problem of so few costs less whole than cut into tiles
 MODULES: dict[str, ModuleType] = {"tiled": tiled, "reference": reference, "flex": flex}
 
 
 @overload
 def neighborhood_attention(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, *, return_lse: Literal[True], **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: Literal[True],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def neighborhood_attention(
-    query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, *, return_lse: bool = False, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: bool = False,
+    **options: Any,
 ) -> Tensor: ...
 def neighborhood_attention(
     query: Float[Tensor, "b *places heads dim"],
@@ -54,27 +65,32 @@ def neighborhood_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Float[Tensor, "b *places heads dv"] | tuple[Float[Tensor, "b *places heads dv"], Float[Tensor, "b *places heads"]]:
+) -> (
+    Float[Tensor, "b *places heads dv"]
+    | tuple[Float[Tensor, "b *places heads dv"], Float[Tensor, "b *places heads"]]
+):
     """Attention in which each query sees the keys around it, as `geometry` says.
 
-        neighborhood_attention(q, k, v, Neighborhood(7))                        # [B, 56, 56, H, D]: 7 x 7 keys each
-        neighborhood_attention(q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4))              # [B, N, H, D]
+        neighborhood_attention(q, k, v, Neighborhood(7))  # [B, 56, 56, H, D]: 7 x 7 keys for each query
+        neighborhood_attention(q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4))  # [B, N, H, D]
 
-    Query head h uses key/value head `h // (heads // kv_heads)`. Additional keys are seen by every query, in the
-    same softmax. `bias[h, key - query + kernel_size - 1, ...]` (per axis, in dilation steps) is added to the
-    score of a key in the window; a sink outside it gets none. A key with `key_mask` False is seen by nobody,
-    whatever it holds. `sink_logits` joins the denominator of the softmax and brings no value. In one causal
-    dimension the queries may be fewer than the keys: they are the last ones.
+    Query head h uses key/value head `h // (heads // kv_heads)`. Additional keys are seen by every query, in
+    the same softmax. `bias[h, key - query + kernel_size - 1, ...]` (per axis, in dilation steps) is added to
+    the score of a key in the window; a sink outside it gets none. A key with `key_mask` False is seen by
+    nobody, whatever it holds. `sink_logits` joins the denominator of the softmax and brings no value. In one
+    causal dimension the queries may be fewer than the keys: they are the last ones.
 
-    A query that sees nothing gets 0 and a log-sum-exp of -inf. `return_lse` makes the result `(out, lse)` with
-    the natural log-sum-exp of the scores, differentiable, in float32 (float64 for float64 inputs).
+    A query that sees nothing gets 0 and a log-sum-exp of -inf. `return_lse` makes the result `(out, lse)`
+    with the natural log-sum-exp of the scores, differentiable, in float32 (float64 for float64 inputs).
     """
     options = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
     bound = _checked(query, key, value, geometry, additional_keys, additional_values, options)
     if key_mask is not None:  # NaN in a masked key must not reach a product
         key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None):
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         given = {**options, "additional_keys": more_keys, "additional_values": more_values}
         name = choose(OP, backend, _backends(query, key, value, bound, given))
         return MODULES[name].attend(query, key, value, bound, **given)
@@ -99,11 +115,6 @@ def _backends(
 ) -> dict[str, Callable[[], Verdict]]:
     """What each backend says to this problem, the best first."""
 
-    def ask_tiled() -> Verdict:
-        scores = query.shape[0] * query.shape[-2] * bound.num_queries * bound.num_keys
-        tiny = f"the problem has only {scores} scores, all of which are quickly computed." if scores <= TINY else None
-        return Verdict(tiled.supports(query, key, value, bound, **options), tiny)
-
     def ask_flex() -> Verdict:
         cannot = flex.supports(query, key, value, bound, **options)
         return Verdict(cannot, "it compiles for seconds per shape, so it runs only when asked for by name.")
@@ -111,7 +122,7 @@ def _backends(
     return {
         "native": lambda: Verdict("this build has no compiled CPU kernels."),
         "triton": lambda: Verdict("this build has no GPU kernels."),
-        "tiled": ask_tiled,
+        "tiled": lambda: Verdict(tiled.supports(query, key, value, bound, **options)),
         "reference": Verdict,
         "flex": ask_flex,
     }
@@ -126,9 +137,11 @@ def _checked(
     more_values: Tensor | None,
     options: dict[str, Any],
 ) -> Bound:
-    """The geometry on the grid of the keys, once every shape, dtype and device is right; fills in the scale."""
+    """The geometry on the grid of the keys, once all shapes, dtypes and devices fit; fills in the scale."""
     if not isinstance(geometry, Neighborhood):
-        raise TypeError(f"geometry is a {type(geometry).__name__}. Give a Neighborhood, such as Neighborhood(7).")
+        raise TypeError(
+            f"geometry is a {type(geometry).__name__}. Give a Neighborhood, such as Neighborhood(7)."
+        )
     check_heads(query, key, value, rank=(4, 5, 6), layout=LAYOUT)
     places, grid = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     if len(grid) > 1 and places != grid:
@@ -141,7 +154,13 @@ def _checked(
     if more_keys is not None and more_values is not None:
         count = more_keys.shape[1] if more_keys.dim() == 4 else "L"
         check("additional_keys", more_keys, (batch, count, num_kv_heads, head_dim), query, query.dtype)
-        check("additional_values", more_values, (batch, count, num_kv_heads, value.shape[-1]), query, query.dtype)
+        check(
+            "additional_values",
+            more_values,
+            (batch, count, num_kv_heads, value.shape[-1]),
+            query,
+            query.dtype,
+        )
     if options["bias"] is not None:
         sides = (2 * axis.kernel_size - 1 for axis in bound.axes)
         check("bias", options["bias"], (num_heads, *sides), query)
@@ -154,7 +173,7 @@ def _checked(
 
 
 def _bound(geometry: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
-    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace, which cannot be looked up."""
+    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace, not to be looked up."""
     if torch.compiler.is_compiling() or any(type(side) is not int for side in (*grid, num_queries or 0)):
         return _bind.__wrapped__(geometry, grid, num_queries)
     return geometry.on(grid, num_queries=num_queries)

@@ -1,4 +1,4 @@
-"""Neighborhood attention of a few new queries against a cache that holds only the sinks and a rolling window."""
+"""Neighborhood attention of a few new queries against a cache of the sinks and a rolling window."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def neighborhood_attention_decode(
     value: Float[Tensor, "b m kv_heads dv"],
     geometry: Neighborhood,
     *,
-    query_positions: Int[Tensor, "b_or_1 n"] | None = None,
-    key_positions: Int[Tensor, "b_or_1 m"] | None = None,
+    query_positions: Int[Tensor, "#b n"] | None = None,
+    key_positions: Int[Tensor, "#b m"] | None = None,
     first_position: Int[Tensor, " b"] | None = None,
-    visible: Bool[Tensor, "b_or_1 n m"] | None = None,
+    visible: Bool[Tensor, "#b n m"] | None = None,
     bias: Float[Tensor, "heads offsets"] | None = None,
     sink_logits: Float[Tensor, " heads"] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "b n heads dv"] | tuple[Float[Tensor, "b n heads dv"], Float[Tensor, "b n heads"]]:
-    """The last rows of `neighborhood_attention` in one causal dimension, from a cache without the unseen keys.
+    """The last rows of `neighborhood_attention` in one causal dimension, without the keys that none sees.
 
         out = neighborhood_attention_decode(
             q, k, v, Neighborhood(1024, is_causal=True, num_sinks=4), query_positions=at, key_positions=slots
         )
 
-    Keys, cached and new ones together, stand in any order: `key_positions` says where in its row each belongs,
-    -1 for an empty slot (which must hold finite numbers). Without positions the keys are whole rows and the
-    queries their last tokens. `first_position` says where rows padded on the left begin; without it a row begins
-    at the smallest position among its keys. Layers whose caches hold the same positions can share one
-    `visible = visible_slots(...)`, which then replaces positions and geometry.
+    Keys, cached and new ones together, stand in any order: `key_positions` says where in its row each
+    belongs, -1 for an empty slot (which must hold finite numbers). Without positions the keys are whole rows
+    and the queries their last tokens. `first_position` says where rows padded on the left begin; without it a
+    row begins at the smallest position among its keys. Layers whose caches hold the same positions can share
+    one `visible = visible_slots(...)`, which then stands for the positions.
     """
     check_heads(query, key, value, rank=(4,), layout="[batch, tokens, heads, head_dim]")
     batch, num_queries, num_heads, head_dim = query.shape
@@ -54,7 +54,13 @@ def neighborhood_attention_decode(
         axis = _ending(axis, query_positions)
     if visible is None:
         visible = visible_slots(geometry, query_positions, key_positions, first_position)
-    check("visible", visible, (1 if visible.shape[:1] == (1,) else batch, num_queries, num_keys), query, torch.bool)
+    check(
+        "visible",
+        visible,
+        (1 if visible.shape[:1] == (1,) else batch, num_queries, num_keys),
+        query,
+        torch.bool,
+    )
 
     addend = None
     if bias is not None:
@@ -66,14 +72,18 @@ def neighborhood_attention_decode(
         logits.append(sink_logits.reshape(1, num_kv_heads, -1, 1, 1))
     if axis.border == "pad":
         if bias is not None:
-            raise NotImplementedError("Decoding with a bias and border='pad' is missing. Use neighborhood_attention.")
+            raise NotImplementedError(
+                "Decoding with a bias and border='pad' is missing. Use neighborhood_attention."
+            )
         start, _ = axis.interval(query_positions // axis.dilation, query_positions % axis.dilation)
         logits.append((-start).clamp(min=0).log()[:, None, None, :, None])  # so many zero keys of logit 0
     factor = scale_or_default(scale, head_dim)
 
     def fast() -> Verdict:
         asked = {"return_lse": return_lse, "sink_logits or border='pad'": bool(logits)}
-        return Verdict(next((f"torch's fused attention has no {name}." for name, on in asked.items() if on), None))
+        return Verdict(
+            next((f"torch's fused attention has no {name}." for name, on in asked.items() if on), None)
+        )
 
     name = choose(OP, backend, {"tiled": fast, "reference": Verdict})
 
@@ -92,11 +102,11 @@ def neighborhood_attention_decode(
 
 def visible_slots(
     geometry: Neighborhood,
-    query_positions: Int[Tensor, "b_or_1 n"],
-    key_positions: Int[Tensor, "b_or_1 m"],
+    query_positions: Int[Tensor, "#b n"],
+    key_positions: Int[Tensor, "#b m"],
     first_position: Int[Tensor, " b"] | None = None,
-) -> Bool[Tensor, "b_or_1 n m"]:
-    """Which cached keys each new query sees, from positions alone: compute it once for all layers of a step."""
+) -> Bool[Tensor, "#b n m"]:
+    """Which cached keys each new query sees, from positions alone: one answer for all layers of a step."""
     axis = _ending(_axis(geometry), query_positions)
     i, j = query_positions[:, :, None], key_positions[:, None]
     axis = replace(axis, size=axis.size[:, :, None])
@@ -113,7 +123,9 @@ def visible_slots(
     return seen & (j >= first)
 
 
-def _fused(grouped: Tensor, key: Tensor, value: Tensor, seen: Tensor, addend: Tensor | None, scale: float) -> Tensor:
+def _fused(
+    grouped: Tensor, key: Tensor, value: Tensor, seen: Tensor, addend: Tensor | None, scale: float
+) -> Tensor:
     """All heads of a group as rows of one problem, so that the cache is read once and never repeated."""
     group, num_queries = grouped.shape[2:4]
     if addend is None:
@@ -121,7 +133,11 @@ def _fused(grouped: Tensor, key: Tensor, value: Tensor, seen: Tensor, addend: Te
     else:
         mask = addend.to(grouped.dtype).masked_fill(~seen, -torch.inf)
     out = F.scaled_dot_product_attention(
-        grouped.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask.flatten(2, 3), scale=scale
+        grouped.flatten(2, 3),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask.flatten(2, 3),
+        scale=scale,
     )
     return out.unflatten(2, (group, num_queries))
 
@@ -144,13 +160,18 @@ def _explicit(
     scores = torch.cat([scores, *(x.to(wide).expand(*scores.shape[:-1], 1) for x in logits)], -1)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()[..., : key.shape[1]]
-    return torch.einsum("bhgnm,bmhd->bhgnd", weights.to(value.dtype).to(wide), value.to(wide)).to(value.dtype), lse
+    return torch.einsum("bhgnm,bmhd->bhgnd", weights.to(value.dtype).to(wide), value.to(wide)).to(
+        value.dtype
+    ), lse
 
 
 def _axis(geometry: Neighborhood) -> Axis:
     """The one causal axis of the pattern, of no size yet."""
     if not isinstance(geometry, Neighborhood):
-        raise TypeError(f"geometry is a {type(geometry).__name__}. Give a Neighborhood, such as Neighborhood(7, is_causal=True).")
+        raise TypeError(
+            f"geometry is a {type(geometry).__name__}. "
+            "Give a Neighborhood, such as Neighborhood(7, is_causal=True)."
+        )
     causal = replace(geometry, border="truncate").on(1).axes[0]
     if not causal.is_causal:
         raise ValueError(f"{geometry} cannot decode: new tokens would change old rows. Give is_causal=True.")
@@ -169,14 +190,18 @@ def _positions(query: Tensor, key: Tensor, at: Tensor | None, slots: Tensor | No
         raise ValueError("query_positions and key_positions belong together. Give both or neither.")
     if at is None or slots is None:
         if num_queries > num_keys:
-            raise ValueError(f"{num_queries} queries for {num_keys} keys. The new tokens belong to the keys as well.")
+            raise ValueError(
+                f"{num_queries} queries for {num_keys} keys. The new tokens belong to the keys as well."
+            )
         slots = torch.arange(num_keys, device=query.device)[None]
         return slots[:, num_keys - num_queries :], slots
     for name, x, count in (("query_positions", at, num_queries), ("key_positions", slots, num_keys)):
         if x.is_floating_point() or x.dtype == torch.bool:
             raise TypeError(f"{name} has dtype {x.dtype}. It must hold whole numbers, such as torch.int64.")
         if tuple(x.shape) not in ((1, count), (batch, count)):
-            raise ValueError(f"{name} has shape {list(x.shape)}. It must be [{batch}, {count}], or one row for all.")
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}. It must be [{batch}, {count}], or one row for all."
+            )
     return at, slots
 
 

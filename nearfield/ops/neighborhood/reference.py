@@ -29,7 +29,7 @@ def attend(
     """Output `[B, *grid, H, Dv]` and log-sum-exp `[B, *grid, H]`, of checked arguments."""
     wide = torch.promote_types(query.dtype, torch.float32)
     places = query.shape[1:-2]
-    num_heads, num_kv_heads = query.shape[-2], key.shape[-2]
+    num_kv_heads = key.shape[-2]
 
     window, offsets = _windows(bound, query.device)
     visible = _visible(window, bound, key_mask)  # [B or 1, N, M]

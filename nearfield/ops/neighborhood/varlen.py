@@ -31,16 +31,19 @@ def neighborhood_attention_varlen(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Float[Tensor, "*b tokens heads dv"] | tuple[Float[Tensor, "*b tokens heads dv"], Float[Tensor, "*b tokens heads"]]:
+) -> (
+    Float[Tensor, "*b tokens heads dv"]
+    | tuple[Float[Tensor, "*b tokens heads dv"], Float[Tensor, "*b tokens heads"]]
+):
     """What separate calls of `neighborhood_attention` on each sequence give, packed like the input.
 
         neighborhood_attention_varlen(q, k, v, Neighborhood(64, is_causal=True), cu_seqlens=[0, 300, 421])
         neighborhood_attention_varlen(q, k, v, Neighborhood(7), grids=[(32, 32), (24, 40)])
 
-    Tokens are `[T, H, D]` or `[1, T, H, D]`. Say where sequences end by `cu_seqlens` (0 first, T last), or give
-    the grid of each, whose tokens are then row-major. Additional keys have one batch row for each sequence;
-    sinks are counted in each sequence anew. Sequences of one size run as one batch. Lengths in a tensor are read
-    back to the host: give a list where the call is to be traced or must not wait for a GPU.
+    Tokens are `[T, H, D]` or `[1, T, H, D]`. Say where sequences end by `cu_seqlens` (0 first, T last), or
+    give the grid of each, whose tokens are then row-major. Additional keys have one batch row for each
+    sequence; sinks are counted in each sequence anew. Sequences of one size run as one batch. Lengths in a
+    tensor are read back to the host: give a list where the call is traced or must not wait for a GPU.
     """
     from nearfield.ops.neighborhood import neighborhood_attention  # imports this file
 
@@ -56,7 +59,10 @@ def neighborhood_attention_varlen(
         check("key_mask", key_mask, tuple(query.shape[:-2]), query, torch.bool)
     for name, extra in (("additional_keys", additional_keys), ("additional_values", additional_values)):
         if extra is not None and (extra.dim() != 4 or extra.shape[0] != len(sizes)):
-            raise ValueError(f"{name} has shape {list(extra.shape)}. It needs one batch row for each of {len(sizes)} sequences.")
+            raise ValueError(
+                f"{name} has shape {list(extra.shape)}. "
+                f"It needs one batch row for each of {len(sizes)} sequences."
+            )
 
     members: dict[tuple[int, ...], list[int]] = {}
     for number, grid in enumerate(sizes):
@@ -104,7 +110,9 @@ def neighborhood_attention_varlen(
 def _sizes(cu_seqlens: Any, grids: Any, tokens: int) -> list[tuple[int, ...]]:
     """The grid of each packed sequence."""
     if (cu_seqlens is None) == (grids is None):
-        raise ValueError("Give either cu_seqlens (where sequences end) or grids (the sides of each), not both or neither.")
+        raise ValueError(
+            "Give either cu_seqlens (where sequences end) or grids (the sides of each), not both or neither."
+        )
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if not ends or ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in pairwise(ends)):

@@ -29,24 +29,33 @@ def window_attention(
 ) -> Float[Tensor, "b *grid heads dv"]:
     """Attention inside tiles of `window_size` that cover the grid without overlap.
 
-    On a 56 x 56 grid `window_size=7` makes 64 attentions of 49 tokens each. It is `neighborhood_attention` with
-    `Neighborhood(kernel_size=window_size, stride=window_size)`.
+    On a 56 x 56 grid `window_size=7` makes 64 attentions of 49 tokens each. It is `neighborhood_attention`
+    with `Neighborhood(kernel_size=window_size, stride=window_size)`.
     """
     check_heads(query, key, value, rank=(4, 5, 6), layout=LAYOUT)
     grid = tuple(query.shape[1:-2])
     if tuple(key.shape[1:-2]) != grid:
-        raise ValueError(f"The grid of the queries is {grid}, of the keys {tuple(key.shape[1:-2])}. Give both the same one.")
+        raise ValueError(
+            f"The grid of the queries is {grid}, of the keys {tuple(key.shape[1:-2])}. "
+            "Give both the same one."
+        )
     sizes = per_dim("window_size", window_size, len(grid))
     if any(size < 1 for size in sizes):
         raise ValueError(f"window_size={window_size} must hold whole numbers of at least 1.")
     if any(side % size for side, size in zip(grid, sizes, strict=True)):
         padded = tuple(-(-side // size) * size for side, size in zip(grid, sizes, strict=True))
-        raise ValueError(f"window_size={sizes} does not divide the grid {grid}. Pad the tokens to {padded} first.")
+        raise ValueError(
+            f"window_size={sizes} does not divide the grid {grid}. Pad the tokens to {padded} first."
+        )
     pattern, axes = TILES[len(grid)], AXES[-len(grid) :]
     inner = dict(zip(axes, sizes, strict=True))
     q, k, v = (rearrange(x, pattern, **inner) for x in (query, key, value))
-    grouped = query.shape[-2] != key.shape[-2]
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale_or_default(scale, query.shape[-1]), enable_gqa=grouped)
+    grouped = False
+    if query.shape[-2] != key.shape[-2]:  # a branch: a trace would make the comparison a symbol
+        grouped = True
+    out = F.scaled_dot_product_attention(
+        q, k, v, scale=scale_or_default(scale, query.shape[-1]), enable_gqa=grouped
+    )
     tokens, tiles = pattern.split(" -> ")
     counts = {f"n{axis}": side // inner[axis] for axis, side in zip(axes, grid, strict=True)}
     return rearrange(out, f"{tiles} -> {tokens}", **inner, **counts)
