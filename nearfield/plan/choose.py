@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isnan
+from operator import itemgetter
 from typing import Any
 
-MAX_STATES = 500  # beyond, states are thinned; the answer then is near the best, and says so
+MAX_STATES = 300  # beyond, states are thinned; the answer then is near the best, and says so
 SLACK = 1e-12  # relative; sums of the same numbers in another order must not count as over budget
 
 
@@ -115,12 +116,12 @@ def frontier(options: Sequence[Sequence[Option]]) -> list[Choice]:
     return [_total(options, chosen) for chosen in found]
 
 
-# An item inside this file: (damage above the item's least, seconds, index), damage rising and seconds falling.
+# An item inside this file: (damage above the item's least, seconds, index), damage rising, seconds falling.
 _Item = list[tuple[float, float, int]]
 
 
 def _shifted(options: Sequence[Sequence[Option]], budget: float) -> tuple[list[_Item], float]:
-    """Every item's options that none beats in both ways, damages from 0; and the budget that is left."""
+    """Every item's options that none beats in both ways, damages from 0; and what is left of the budget."""
     if isnan(budget):
         raise ValueError("budget is not a number. Give the damage that may be done in total.")
     items, least = [], 0.0
@@ -194,10 +195,9 @@ def _step(
     grown = []
     limit, most = spare + _slack(spare), gap + SLACK * abs(gap)
     for harm, extra, pick in item:
-        for damage, reduced, link in states:
-            if damage + harm <= limit and reduced + extra <= most:
-                grown.append((damage + harm, reduced + extra, (link, pick)))
-    grown.sort(key=lambda state: state[:2])
+        room, spent = limit - harm, most - extra
+        grown += [(d + harm, r + extra, (link, pick)) for d, r, link in states if d <= room and r <= spent]
+    grown.sort(key=itemgetter(0, 1))
     kept: list[tuple[float, float, Any]] = []
     fastest = inf
     for state in grown:

@@ -3,8 +3,8 @@
     seconds = computed FLOPs / (GEMM rate * share of it that the kernel reaches) * (1 + MASK * partial share)
             + bytes moved besides / memory rate
 
-Computed FLOPs are those of the visited tiles, masked work included: 2 * (head_dim + value_dim) a pair.
-The constants are a few published or measured figures, not a fit: expect a factor of two in seconds and a good
+Computed FLOPs are 2 * (head_dim + value_dim) * heads a pair of the visited tiles, masked or not. The
+constants are a few published or measured figures, not a fit: expect a factor of two in seconds and a good
 order among patterns. The order is what a planner needs.
 """
 
@@ -86,9 +86,10 @@ def predict(
     if gemm_gflops is None and dtype in machine.gemm_gflops:
         gemm_gflops = machine.gemm_gflops[dtype]
     if gemm_gflops is None or not gemm_gflops > 0:
+        known = ", ".join(name for name in DEVICES if dtype in DEVICES[name].gemm_gflops) or "none"
         raise ValueError(
             f"gemm_gflops={gemm_gflops} for {dtype} on {device!r}: give the GFLOP/s above 0 that a large "
-            f"matrix product reaches. Known: {', '.join(d for d in DEVICES if dtype in DEVICES[d].gemm_gflops)}."
+            f"matrix product reaches. Devices known for {dtype}: {known}."
         )
     value_dim, kv_heads = value_dim or head_dim, kv_heads or heads
     item = item_bytes(dtype)
