@@ -1,9 +1,9 @@
 """What a pattern would cost a model, before it is converted: one forward and one checkpointed backward.
 
-Where a site's output would move by Δ, the loss moves to second order by ½ E[(g·Δ)²], g being the gradient of the
-loss with respect to that output (the Fisher form of the Gauss-Newton term; the first-order term has mean zero on
-a trained model). Δ is had exactly, for every candidate pattern and key/value-head group, on sampled query rows;
-nothing of size N x N is kept.
+Where a site's output would move by Δ, the loss moves to second order by ½ E[(g·Δ)²], g being the gradient of
+the loss with respect to that output (the Fisher form of the Gauss-Newton term; the first-order term has mean
+zero on a trained model). Δ is had exactly, for every candidate pattern and key/value-head group, on sampled
+query rows; nothing of size N x N is kept.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class SiteDamage:
     damage: Float[Tensor, "kv_heads candidates"]
     recall: Float[Tensor, "kv_heads candidates"]
     needle_mass: Float[Tensor, " kv_heads"]
+    distance: Float[Tensor, " heads"]  # mean |query - key| in tokens on the sampled rows, prefix tokens aside
 
 
 def sensitivity(
@@ -50,10 +51,10 @@ def sensitivity(
 ) -> list[SiteDamage]:
     """Per attention site and key/value-head group, the loss that each candidate pattern would add.
 
-    `objective(model)` runs the model on one sequence and gives the *summed* loss; `rows` are the query rows that
-    it depends on, of which `num_blocks` runs of 64 are sampled (all, if there are no more). Candidates that show
-    a query everything cost nothing. `needle` names keys (tokens that an answer is read from): the largest share
-    of attention that any query head of a group puts on them from `answer_rows` is reported.
+    `objective(model)` runs the model on one sequence and gives the *summed* loss; of the query rows `rows` that
+    it depends on, `num_blocks` runs of 64 are sampled (all, if there are no more). `needle` names keys (tokens
+    that an answer is read from): the largest share of attention that a query head of a group puts on them from
+    one of `answer_rows` is reported.
 
     Raises `ValueError` where a gradient is not finite, naming the site.
     """
@@ -62,7 +63,7 @@ def sensitivity(
     for parameter in wanted:  # gradients of activations are asked, none of weights
         parameter.requires_grad_(False)
     try:
-        with attention(model, watch), torch.enable_grad(), _checkpointed(model, watch.blocks):
+        with attention(model, watch), torch.enable_grad(), _checkpointed(model):
             loss = objective(model)
             watch.backward = True
             loss.backward()
@@ -78,7 +79,6 @@ class _Watch:
     def __init__(self, candidates, rows, answer_rows, needle, num_blocks, generator, progress):
         self.candidates, self.rows, self.answer_rows, self.needle = candidates, rows, answer_rows, needle
         self.progress = progress
-        self.blocks: list[range] = []
         self.starts, self.share = _sample(rows, num_blocks, generator)
         self.backward = False
         self.live: dict[str, tuple[Call, Tensor]] = {}
@@ -107,7 +107,9 @@ class _Watch:
     def weigh(self, name: str, gradient: Tensor) -> None:
         call, out = self.live.pop(name)
         if not gradient.isfinite().all():
-            raise ValueError(f"Site {name}: the gradient of its output is not finite. Check the weights and the input.")
+            raise ValueError(
+                f"Site {name}: the gradient of its output is not finite. Check the weights and the input."
+            )
         with torch.no_grad():
             self.found[name] = self._damage(call, out, gradient)
         if self.progress:
@@ -117,21 +119,29 @@ class _Watch:
         site = call.site
         patterns = tuple(self.candidates(site))
         text, recall = (torch.zeros(site.num_kv_heads, len(patterns)) for _ in range(2))
-        mass = torch.zeros(site.num_kv_heads)
+        mass, distance = torch.zeros(site.num_kv_heads), torch.zeros(site.num_heads)
         for start in self.starts:
             span = range(start, min(start + BLOCK, self.rows.stop))
-            text += _moved(call, out, gradient, patterns, span)[0] * self.share
+            moved, _, far = _moved(call, out, gradient, patterns, span)
+            text += moved * self.share
+            distance += far / len(self.starts)
         if self.answer_rows:
-            first, last = min(self.answer_rows), max(self.answer_rows)
-            moved, mass = _moved(call, out, gradient, patterns, range(first, last + 1), self.needle)
+            span = range(min(self.answer_rows), max(self.answer_rows) + 1)
+            moved, mass, _ = _moved(call, out, gradient, patterns, span, self.needle)
             recall += moved
-        return SiteDamage(site, patterns, text / 2, recall / 2, mass)
+        return SiteDamage(site, patterns, text / 2, recall / 2, mass, distance)
 
 
 def _moved(
-    call: Call, out: Tensor, gradient: Tensor, patterns: Sequence[Neighborhood], rows: range, needle: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
-    """Σ over `rows` and a group's query heads' joint output of (g·Δ)² per (group, pattern); and needle mass."""
+    call: Call,
+    out: Tensor,
+    gradient: Tensor,
+    patterns: Sequence[Neighborhood],
+    rows: range,
+    needle: Sequence[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ over `rows` of (g·Δ)² per (group, pattern), Δ a group's joint output; mass on the needle per group;
+    mean distance per head."""
     site = call.site
     groups, num_keys = site.num_kv_heads, call.key.shape[1]
     prefix = site.num_prefix
@@ -145,7 +155,10 @@ def _moved(
     k = call.key[:, :stop].transpose(1, 2).unsqueeze(2).float()  # [B, groups, 1, keys, D]
     v = call.value[:, :stop].transpose(1, 2).unsqueeze(2).float()
     scores = (q @ k.transpose(-1, -2)).mul_(call.scale)
-    index = torch.arange(rows.start, rows.stop, device=q.device)[:, None], torch.arange(stop, device=q.device)[None]
+    index = (
+        torch.arange(rows.start, rows.stop, device=q.device)[:, None],
+        torch.arange(stop, device=q.device)[None],
+    )
     if site.is_causal:
         scores.masked_fill_(index[1] > index[0], float("-inf"))
     share = scores.softmax(-1)  # [B, groups, heads, rows, keys]
@@ -155,7 +168,7 @@ def _moved(
     for at, pattern in enumerate(patterns):
         seen = _visible(pattern, site, num_keys, *index)
         if mass is None or (before & ~seen).any():  # not nested in the one before: start anew
-            mass, moment = share.new_zeros(share.shape[:-1] + (1,)), torch.zeros_like(full)
+            mass, moment = share.new_zeros((*share.shape[:-1], 1)), torch.zeros_like(full)
             before = torch.zeros_like(seen)
         ring = seen & ~before
         columns = ring.any(0).nonzero()
@@ -170,10 +183,22 @@ def _moved(
         moved = moment / mass.clamp_min(1e-30) - full
         moved[..., : max(prefix - rows.start, 0), :] = 0  # prefix tokens keep full attention
         found[:, at] = (g * moved).sum((2, 4)).square().sum((0, 2)).cpu()
-    on_needle = torch.zeros(groups)
-    if needle:
-        on_needle = share[..., list(needle)].sum(-1).amax((0, 2, 3)).cpu()
-    return found, on_needle
+    on_needle = share[..., list(needle)].sum(-1).amax((0, 2, 3)).cpu() if needle else torch.zeros(groups)
+    far, between = _distances(site, *index)
+    distance = (share * far).sum((0, 3, 4)) / (share * between).sum((0, 3, 4)).clamp_min(1e-30)
+    return found, on_needle, distance.flatten().cpu()
+
+
+def _distances(site: Site, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance of query rows and keys on the grid, and where both are tokens of it; 0 elsewhere."""
+    prefix, sides = site.num_prefix, site.grid or ()
+    query, key = (rows - prefix).clamp(min=0), (keys - prefix).clamp(min=0)
+    squares = torch.zeros(1, device=rows.device)
+    for side in reversed(sides[1:]):
+        squares = squares + (query % side - key % side).square()
+        query, key = query // side, key // side
+    between = (rows >= prefix) & (keys >= prefix)
+    return (squares + (query - key).square()).sqrt() * between, between
 
 
 def _runs(inside: slice, ring: Tensor) -> Iterator[slice]:
@@ -196,7 +221,7 @@ def _visible(pattern: Neighborhood, site: Site, num_keys: int, rows: Tensor, key
 
 
 def _sample(rows: range, num_blocks: int, generator: torch.Generator | None) -> tuple[list[int], float]:
-    """First rows of the sampled blocks, one at random in each of `num_blocks` strata, and the scale to all rows."""
+    """First rows of the sampled blocks, one drawn in each of `num_blocks` strata, and the scale to all rows."""
     length = len(rows)
     if length <= num_blocks * BLOCK:
         return list(range(rows.start, rows.stop, BLOCK)), 1.0
@@ -207,7 +232,7 @@ def _sample(rows: range, num_blocks: int, generator: torch.Generator | None) -> 
 
 
 @contextmanager
-def _checkpointed(model: nn.Module, _unused: object = None) -> Iterator[None]:
+def _checkpointed(model: nn.Module) -> Iterator[None]:
     """Each entry of the host's stacks of layers recomputes its inside in the backward pass."""
     blocks = list(_layers(model))
 

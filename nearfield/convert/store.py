@@ -1,0 +1,140 @@
+"""A converted model in a folder: the host's own files, and `nearfield.json` with the plan.
+
+A save is all or nothing: files are written beside the folder and moved there when the last one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import nearfield
+from nearfield.convert.swap import PLAN, convert, is_transformers
+from nearfield.core.errors import require
+from nearfield.plan.pattern import SitePlan, plan_from_json, plan_to_json, read_json
+
+PLAN_FILE = "nearfield.json"
+FORMAT = 1
+LONGEST = 64 << 20  # bytes of a nearfield.json that anyone could mean
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, extra: Mapping[str, str] | None = None
+) -> Path:
+    """The folder, holding a converted transformers model: config.json, model.safetensors, nearfield.json, and the
+    tokenizer. `extra` are further text files by name.
+
+    Raises `FileExistsError` where the folder holds anything, `OSError` where it cannot be written (a full disk);
+    neither leaves anything behind that could be loaded.
+    """
+    folder = Path(folder)
+    plan: dict[str, SitePlan] | None = getattr(model, PLAN, None)
+    if plan is None:
+        raise ValueError(
+            "The model is not converted, so there is no plan to save. Call nearfield.convert.convert first."
+        )
+    if not is_transformers(model):
+        raise NotImplementedError(
+            f"Saving a converted {type(model).__name__}: only transformers models describe themselves in a config. "
+            "Save its state_dict, and the plan with nearfield.plan.pattern.plan_to_json."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there and not empty. Choose a new folder, or empty this one.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        for name, text in (extra or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        described = {"format": FORMAT, "nearfield": nearfield.__version__, "model": type(model).__name__}
+        described["plan"] = plan_to_json(plan)
+        (unfinished / PLAN_FILE).write_text(
+            json.dumps(described, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        for path in unfinished.iterdir():
+            _flush(path)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except OSError as error:
+        raise OSError(
+            f"{folder} could not be written ({error.strerror or error}). Nothing was kept there; free some space or "
+            "choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The converted model of a folder, in eval mode, patterns in place. Strict: every weight is there, none is left.
+
+    Raises `FileNotFoundError` or `ValueError` where the folder holds no whole converted model.
+    """
+    folder = Path(folder)
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {PLAN_FILE}. Give a folder that `nearfield convert --out` wrote."
+        )
+    if path.stat().st_size > LONGEST:
+        raise ValueError(f"{path} is {path.stat().st_size:,} bytes long; a plan is at most {LONGEST:,}.")
+    try:
+        described = read_json(path.read_bytes())
+        if not isinstance(described, dict) or set(described) != {"format", "nearfield", "model", "plan"}:
+            raise ValueError("it must hold format, nearfield, model and plan, and nothing else")
+        if described["format"] != FORMAT:
+            raise ValueError(f"its format is {described['format']!r}; this version reads {FORMAT}")
+        plan = plan_from_json(described["plan"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no plan of ours: {error}") from None
+    model = _host(folder, described["model"])
+    convert(model, plan)
+    return model
+
+
+def _host(folder: Path, architecture: Any) -> nn.Module:
+    transformers = require("transformers", extra="hf")
+    from nearfield.hosts.packaged import check_file
+
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        check_file(path)
+    kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(
+            f"{folder / PLAN_FILE} names the model {architecture!r}, which transformers does not have."
+        )
+    model, info = kind.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype="auto",
+        output_loading_info=True,
+    )
+    wrong = {
+        name: sorted(map(str, info[name]))
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info.get(name)
+    }
+    if wrong:
+        words = "; ".join(f"{name.replace('_', ' ')}: {', '.join(keys[:3])}" for name, keys in wrong.items())
+        raise ValueError(f"The weights in {folder} do not fit {architecture} exactly ({words}).")
+    return model.eval()
+
+
+def _flush(path: Path) -> None:
+    """The file's bytes are on the disk before its name is: a power cut leaves the whole or nothing."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
