@@ -70,15 +70,13 @@ def _rivals(result: BenchResult) -> list[Table]:
 
 
 def _reasons(result: BenchResult) -> list[str]:
-    """Why rivals are missing, the same reason once."""
-    counts: dict[tuple[str, str], int] = {}
+    """Why rivals are missing: each kind of reason once, with its first figures."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in result.rows:
         for name, reason in row.get("rivals_skipped", {}).items():
-            counts[name, reason] = counts.get((name, reason), 0) + 1
+            found.setdefault((name, reason.partition(":")[0]), []).append(reason)
     rows = len(result.rows)
-    return [
-        f"{name} left out of {count} of {rows} rows: {reason}" for (name, reason), count in counts.items()
-    ]
+    return [f"{name} left out of {len(why)} of {rows} rows: {why[0]}" for (name, _), why in found.items()]
 
 
 def comparison_table(comparison: Comparison) -> Group:
