@@ -258,8 +258,8 @@ def test_a_wrong_grid_is_refused_with_a_way_out():
         attention_statistics(query, key, grid=(3, 3))
     with pytest.raises(ValueError, match="no multiple of 2"):
         attention_statistics(query[:, :, :3], key)
-    with pytest.raises(ValueError, match="rows='some'"):
-        attention_statistics(query, key, rows="some")
+    with pytest.raises(ValueError, match="rows=0 is unknown"):
+        attention_statistics(query, key, rows=0)
     assert window_pattern(9, (4, 20), False) == Neighborhood((4, 9))
 
 
@@ -461,3 +461,5 @@ def test_an_unknown_model_is_refused_with_the_known_ones(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match="There is no model"):
         run(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="Did you mean 'smollm2-135m'"):
+        run("smollm2")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearfield.core.errors import require
 from nearfield.data.text import documents
@@ -17,7 +18,6 @@ from nearfield.measure.locality import Locality, measure
 from nearfield.measure.statistics import Rows, Window
 
 TOKENS = 1024
-HERE = {"local_files_only": True, "trust_remote_code": False}  # a model brings weights, never code
 CHARACTERS_A_TOKEN = 16  # more than any tokenizer's average, so that a cut of the text is long enough
 PICTURES = (  # real pictures that packages carry
     ("skimage", "data/astronaut.png"),
@@ -45,23 +45,18 @@ def run(
     """
     tell = progress or (lambda what, done, total: None)
     tell("load the model", 0, 1)
-    host: Any
-    inputs: dict[str, Any]
-    host, tokenizer = load(model)
+    opened = load(model)
+    host: Any = opened.model
     tell("load the model", 1, 1)
-    if host.main_input_name == "pixel_values":
+    inputs: dict[str, Any] = {}
+    if opened.kind == "image-encoder":
         _refuse("pictures", text=text, tokens=tokens)
-        inputs = {"pixel_values": picture(image, host.config.image_size)}
-    elif host.main_input_name == "input_ids":
-        _refuse("text", image=image)
-        inputs = {"input_ids": token_ids(tokenizer, host.config, tokens, text)}
-        if host.can_generate():
-            inputs.update(use_cache=False, logits_to_keep=1)
+        inputs["pixel_values"] = picture(image, host.config.image_size)
     else:
-        raise NotImplementedError(
-            f"{model} takes {host.main_input_name}, for which there is no ready input here. "
-            "From Python, measure(model, your_input) measures it."
-        )
+        _refuse("text", image=image)
+        inputs["input_ids"] = token_ids(opened.processor, host.config, tokens, text)
+        if opened.kind == "decoder":
+            inputs.update(use_cache=False, logits_to_keep=1)
     total = host.config.get_text_config().num_hidden_layers
     done: list[str] = []
 
@@ -75,24 +70,22 @@ def run(
     return locality
 
 
-def load(model: str) -> tuple[nn.Module, Any]:
-    """A transformers model in float32, eval mode, and its tokenizer (None for pictures)."""
+def load(model: str) -> packaged.Packaged:
+    """A model by the name of a packaged one, by its path, or by a hub name that was downloaded before."""
     if model in packaged.NAMES:
         return packaged.load(model)
-    transformers = require("transformers", extra="hf")
+    if Path(model).exists():
+        return packaged.open_local(model)
+    hub = require("huggingface_hub", extra="hf")
     try:
-        config = transformers.AutoConfig.from_pretrained(model, **HERE)
-    except (OSError, ValueError) as error:
+        return packaged.open_local(hub.snapshot_download(model, local_files_only=True))
+    except (OSError, hub.errors.HFValidationError) as error:
+        near = get_close_matches(model, packaged.NAMES, n=1, cutoff=0.4)
         raise ValueError(
-            f"There is no model {model!r} on this machine. Give a folder with config.json, a hub name after "
-            f"`hf download {model}`, or one of: {', '.join(packaged.NAMES)}."
+            f"There is no model {model!r} on this machine. Give a folder, a hub name after "
+            f"`hf download NAME`, or one of {', '.join(packaged.NAMES)}."
+            + (f" Did you mean {near[0]!r}?" if near else "")
         ) from error
-    writes = any(name.endswith("ForCausalLM") for name in config.architectures or ())
-    auto = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
-    host = auto.from_pretrained(model, **HERE, dtype=torch.float32).eval()
-    if host.main_input_name != "input_ids":
-        return host, None
-    return host, transformers.AutoTokenizer.from_pretrained(model, **HERE)
 
 
 def token_ids(tokenizer: Any, config: Any, tokens: int | None, text: str | None) -> Tensor:

@@ -31,7 +31,9 @@ def figure(locality: Locality, *, window: str | None = None) -> Any:
         (f"Mass on {locality.sink_words}", "share of attention", _grid(locality, "sink_mass")),
     ]
     if window is not None:
-        title = f"Mass inside a window of {window.replace('x', ' × ')} {unit}"
+        ranks = {len(site.site.grid) for site in locality.sites if site.site.grid}
+        sides = window.split("x") * (ranks.pop() if len(ranks) == 1 and "x" not in window else 1)
+        title = f"Mass inside a window of {' × '.join(sides)} {unit}"
         panels.append((title, "share of attention", _grid(locality, "inside", window)))
     rows, columns = len(panels[0][2]), len(panels[0][2][0])
     height = 1.9 + max(2.0, 0.2 * rows)
