@@ -260,6 +260,20 @@ def test_tiled_equals_the_reference(name: str) -> None:
     check_backend(AWKWARD[name], "tiled")
 
 
+@pytest.mark.compile
+@pytest.mark.slow
+def test_flex_equals_the_reference() -> None:
+    q, k, v = qkv(1, 130, 2, 16)
+    geometry = Neighborhood(9, is_causal=True)
+    try:
+        found = neighborhood_attention(q, k, v, geometry, return_lse=True, backend="flex")
+    except BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    expected = neighborhood_attention(q, k, v, geometry, return_lse=True, backend="reference")
+    for a, e in zip(found, expected, strict=True):
+        assert_close(a, e)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_tiled_in_other_dtypes(dtype: torch.dtype) -> None:
     check_backend(AWKWARD["63, causal, sinks, grouped"], "tiled", dtype)
@@ -600,6 +614,57 @@ def test_decoding_whole_rows_needs_no_positions_and_layers_share_a_mask() -> Non
     seen = visible_slots(geometry, at[:, 9:], at)
     shared = neighborhood_attention_decode(q[:, 9:], k, v, geometry, visible=seen)
     assert_close(shared, neighborhood_attention(q, k, v, geometry)[:, 9:])
+
+
+@pytest.mark.compile
+def test_decoding_compiles_whole_with_moving_sizes() -> None:
+    geometry = Neighborhood(8, is_causal=True, num_sinks=2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, at: Tensor, slots: Tensor) -> Tensor:
+        return neighborhood_attention_decode(q, k, v, geometry, query_positions=at, key_positions=slots)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    for held in (12, 20):
+        q, k, v = qkv(2, held, 4, 8, num_kv_heads=2)
+        slots = torch.arange(held).expand(2, -1)
+        arguments = (q[:, -1:], k, v, slots[:, -1:], slots)
+        assert_close(compiled(*arguments), call(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"geometry": Neighborhood(3)}, ValueError, "is_causal=True"),
+        ({"geometry": Neighborhood((3, 3), is_causal=True)}, ValueError, "1 dimension"),
+        ({"query_positions": torch.arange(2)[None]}, ValueError, "both or neither"),
+        ({"key": torch.zeros(1, 1, 1, 4), "value": torch.zeros(1, 1, 1, 4)}, ValueError, "new tokens"),
+        ({"visible": torch.ones(1, 2, 4, dtype=torch.bool)}, ValueError, "visible"),
+        ({"backend": "flex"}, BackendUnavailable, "flex"),
+        ({"backend": "tiled", "return_lse": True}, BackendUnavailable, "return_lse"),
+    ],
+)
+def test_decoding_refuses_wrong_arguments(changes: dict, error: type[Exception], says: str) -> None:
+    q, k, v = qkv(1, 5, 1, 4)
+    given = {"query": q[:, -2:], "key": k, "value": v, "geometry": Neighborhood(3, is_causal=True), **changes}
+    with pytest.raises(error, match=says):
+        neighborhood_attention_decode(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "either cu_seqlens"),
+        ({"cu_seqlens": [0, 3]}, "rise from 0 to the 5"),
+        ({"cu_seqlens": [0, 4, 2, 5]}, "rise from 0 to the 5"),
+        ({"grids": [2, 2]}, "4 tokens; 5 were given"),
+        ({"grids": [2, 3], "query": torch.zeros(2, 5, 1, 4)}, "packed"),
+    ],
+)
+def test_packed_calls_refuse_wrong_arguments(changes: dict, says: str) -> None:
+    q, k, v = qkv(1, 5, 1, 4)
+    given = {"query": q, "key": k, "value": v, "geometry": Neighborhood(2), **changes}
+    with pytest.raises(ValueError, match=says):
+        neighborhood_attention_varlen(**given)
 
 
 def bad(**changes: object) -> object:

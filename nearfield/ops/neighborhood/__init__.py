@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,6 +31,18 @@ LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
 MODULES: dict[str, ModuleType] = {"tiled": tiled, "reference": reference, "flex": flex}
 
 
+class Options(TypedDict, total=False):
+    """What `neighborhood_attention` takes beside its tensors and the geometry."""
+
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    bias: Tensor | None
+    key_mask: Tensor | None
+    sink_logits: Tensor | None
+    scale: float | None
+    backend: str
+
+
 @overload
 def neighborhood_attention(
     query: Tensor,
@@ -39,7 +51,7 @@ def neighborhood_attention(
     geometry: Neighborhood,
     *,
     return_lse: Literal[True],
-    **options: Any,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def neighborhood_attention(
@@ -48,8 +60,8 @@ def neighborhood_attention(
     value: Tensor,
     geometry: Neighborhood,
     *,
-    return_lse: bool = False,
-    **options: Any,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Tensor: ...
 def neighborhood_attention(
     query: Float[Tensor, "b *places heads dim"],

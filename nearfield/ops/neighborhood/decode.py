@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, TypedDict, Unpack, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,46 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
+from nearfield.core.dims import per_dim
 from nearfield.ops.checks import check, check_heads, scale_or_default, under_autocast
 from nearfield.ops.neighborhood.geometry import Axis, Neighborhood
 
 OP = "neighborhood_attention_decode"
 
 
+class DecodeOptions(TypedDict, total=False):
+    """What `neighborhood_attention_decode` takes beside its tensors and the geometry."""
+
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+    first_position: Tensor | None
+    visible: Tensor | None
+    bias: Tensor | None
+    sink_logits: Tensor | None
+    scale: float | None
+    backend: str
+
+
+@overload
+def neighborhood_attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def neighborhood_attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[DecodeOptions],
+) -> Tensor: ...
 def neighborhood_attention_decode(
     query: Float[Tensor, "b n heads dim"],
     key: Float[Tensor, "b m kv_heads dim"],
@@ -48,34 +83,27 @@ def neighborhood_attention_decode(
     batch, num_queries, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     axis = _axis(geometry)
-    reads_positions = bias is not None or axis.border == "pad"
-    if visible is None or reads_positions:
-        query_positions, key_positions = _positions(query, key, query_positions, key_positions)
-        axis = _ending(axis, query_positions)
+    at, slots = _positions(query, key, query_positions, key_positions)
     if visible is None:
-        visible = visible_slots(geometry, query_positions, key_positions, first_position)
-    check(
-        "visible",
-        visible,
-        (1 if visible.shape[:1] == (1,) else batch, num_queries, num_keys),
-        query,
-        torch.bool,
-    )
+        visible = visible_slots(geometry, at, slots, first_position)
+    rows = 1 if visible.shape[:1] == (1,) else batch
+    check("visible", visible, (rows, num_queries, num_keys), query, torch.bool)
+    seen = visible[:, None, None]  # [B or 1, 1, 1, N, M]
 
     addend = None
     if bias is not None:
         check("bias", bias, (num_heads, 2 * axis.kernel_size - 1), query)
-        addend = _bias(bias, axis, query_positions, key_positions).unflatten(1, (num_kv_heads, -1))
+        if axis.border == "pad":
+            raise NotImplementedError(
+                "Decoding with a bias and border='pad' is missing. Use neighborhood_attention."
+            )
+        addend = _bias(bias, axis, at, slots).unflatten(1, (num_kv_heads, -1))
     logits = []  # each joins the denominator with the value zero: [B or 1, Hkv or 1, G or 1, N or 1, 1]
     if sink_logits is not None:
         check("sink_logits", sink_logits, (num_heads,), query)
         logits.append(sink_logits.reshape(1, num_kv_heads, -1, 1, 1))
     if axis.border == "pad":
-        if bias is not None:
-            raise NotImplementedError(
-                "Decoding with a bias and border='pad' is missing. Use neighborhood_attention."
-            )
-        start, _ = axis.interval(query_positions // axis.dilation, query_positions % axis.dilation)
+        _, start = _window(axis, at, slots)
         logits.append((-start).clamp(min=0).log()[:, None, None, :, None])  # so many zero keys of logit 0
     factor = scale_or_default(scale, head_dim)
 
@@ -89,7 +117,6 @@ def neighborhood_attention_decode(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         grouped = query.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, N, D]
-        seen = visible[:, None, None]
         if name == "tiled":
             out, lse = _fused(grouped, key, value, seen, addend, factor), query.new_zeros(())
         else:
@@ -107,18 +134,13 @@ def visible_slots(
     first_position: Int[Tensor, " b"] | None = None,
 ) -> Bool[Tensor, "#b n m"]:
     """Which cached keys each new query sees, from positions alone: one answer for all layers of a step."""
-    axis = _ending(_axis(geometry), query_positions)
+    seen, _ = _window(_axis(geometry), query_positions, key_positions)
     i, j = query_positions[:, :, None], key_positions[:, None]
-    axis = replace(axis, size=axis.size[:, :, None])
-    start, end = axis.interval(i // axis.dilation, i % axis.dilation)
-    at = j // axis.dilation
-    seen = (start <= at) & (at < end)
-    if axis.dilation > 1:
-        seen = seen & (i % axis.dilation == j % axis.dilation)
-    first = 0 if first_position is None else first_position[:, None, None]
+    first = torch.zeros_like(j[:, :, :1]) if first_position is None else first_position[:, None, None]
     if geometry.num_sinks:
         if first_position is None:
-            first = j.masked_fill(j < 0, torch.iinfo(j.dtype).max - geometry.num_sinks).amin(-1, keepdim=True)
+            beyond = torch.iinfo(j.dtype).max - geometry.num_sinks
+            first = j.masked_fill(j < 0, beyond).amin(-1, keepdim=True)
         seen = seen | ((j < first + geometry.num_sinks) & (j <= i))
     return seen & (j >= first)
 
@@ -172,15 +194,24 @@ def _axis(geometry: Neighborhood) -> Axis:
             f"geometry is a {type(geometry).__name__}. "
             "Give a Neighborhood, such as Neighborhood(7, is_causal=True)."
         )
-    causal = replace(geometry, border="truncate").on(1).axes[0]
-    if not causal.is_causal:
+    names = ("kernel_size", "stride", "dilation", "is_causal")
+    size, stride, dilation, is_causal = (per_dim(name, getattr(geometry, name), 1)[0] for name in names)
+    if not is_causal:
         raise ValueError(f"{geometry} cannot decode: new tokens would change old rows. Give is_causal=True.")
-    return replace(causal, border=geometry.border)
+    return Axis(0, size, stride, dilation, is_causal, geometry.border)
 
 
-def _ending(axis: Axis, query_positions: Tensor) -> Axis:
-    """The axis in rows that end at their last query: its size is a tensor `[B or 1, 1]`."""
-    return replace(axis, size=query_positions.amax(-1, keepdim=True) + 1)
+def _window(axis: Axis, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Which keys lie in each query's window `[B or 1, N, M]` and where it starts `[B or 1, N]`."""
+    size = query_positions.amax(-1, keepdim=True) + 1  # rows end at their last query
+    axis = replace(axis, size=cast(int, size))  # the formulas of an axis work elementwise
+    i, j = query_positions, key_positions[:, None]
+    start, end = axis.interval(i // axis.dilation, i % axis.dilation)
+    at = j // axis.dilation
+    inside = (start[:, :, None] <= at) & (at < end[:, :, None])
+    if axis.dilation > 1:
+        inside = inside & (i[:, :, None] % axis.dilation == j % axis.dilation)
+    return inside, start
 
 
 def _positions(query: Tensor, key: Tensor, at: Tensor | None, slots: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,9 +238,7 @@ def _positions(query: Tensor, key: Tensor, at: Tensor | None, slots: Tensor | No
 
 def _bias(bias: Tensor, axis: Axis, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """The table's entry of each query and key in the window `[B or 1, H, N, M]`, 0 for a sink outside it."""
-    i, j = query_positions[:, :, None], key_positions[:, None]
-    start, end = replace(axis, size=axis.size[..., None]).interval(i // axis.dilation, i % axis.dilation)
-    at = j // axis.dilation
-    inside = (start <= at) & (at < end) & (i % axis.dilation == j % axis.dilation)
-    offset = (at - i // axis.dilation + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
+    inside, _ = _window(axis, query_positions, key_positions)
+    steps = key_positions[:, None] // axis.dilation - query_positions[:, :, None] // axis.dilation
+    offset = (steps + axis.kernel_size - 1).clamp(0, 2 * axis.kernel_size - 2)
     return bias[:, offset].transpose(0, 1).masked_fill(~inside[:, None], 0)

@@ -42,7 +42,8 @@ def attend(
     query = query.flatten(1, -3).unflatten(2, (num_kv_heads, -1))  # [B, N, Hkv, G, D]
     scores = torch.einsum("bnhgd,bmhd->bhgnm", query.to(wide), key.to(wide)) * scale
     if bias is not None:
-        table = bias.to(wide)[(slice(None), *offsets)].flatten(1 + len(places)).flatten(1, -2)  # [H, N, M]
+        entries: tuple[slice | Tensor, ...] = (slice(None), *offsets)
+        table = bias.to(wide)[entries].flatten(1 + len(places)).flatten(1, -2)  # [H, N, M]
         table = table.masked_fill(~window, 0)  # a sink outside the window has no offset in the table
         table = F.pad(table, (0, scores.shape[-1] - table.shape[-1]))
         scores = scores + table.unflatten(0, (num_kv_heads, -1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,40 @@ from nearfield.ops.checks import check
 from nearfield.ops.neighborhood.geometry import Neighborhood
 
 
+class VarlenOptions(TypedDict, total=False):
+    """What `neighborhood_attention_varlen` takes beside its tensors and the geometry."""
+
+    cu_seqlens: Tensor | Sequence[int] | None
+    grids: Iterable[int | Sequence[int]] | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+    bias: Tensor | None
+    key_mask: Tensor | None
+    sink_logits: Tensor | None
+    scale: float | None
+    backend: str
+
+
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def neighborhood_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> Tensor: ...
 def neighborhood_attention_varlen(
     query: Float[Tensor, "*b tokens heads dim"],
     key: Float[Tensor, "*b tokens kv_heads dim"],
@@ -85,7 +119,9 @@ def neighborhood_attention_varlen(
         if not prod(grid):
             continue
         out, lse = neighborhood_attention(
-            *(take(x, numbers, grid) for x in (query, key, value)),
+            take(query, numbers, grid),
+            take(key, numbers, grid),
+            take(value, numbers, grid),
             geometry,
             additional_keys=pick(additional_keys, numbers),
             additional_values=pick(additional_values, numbers),
