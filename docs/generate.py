@@ -1,7 +1,7 @@
-"""Makes what is derived: the table of systems (here and in the README), a page for each, the picture of windows.
+"""Makes what is derived: the table of systems (here and in the README), their pages, the picture of windows.
 
-    python docs/generate.py            write them
-    python docs/generate.py --check    say what is stale, exit status 1 if anything is
+python docs/generate.py            write them
+python docs/generate.py --check    say what is stale, exit status 1 if anything is
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "systems"
 BEGIN, END = "<!-- systems: made by docs/generate.py -->", "<!-- end of systems -->"
 CELL, GAP, TOP = 14, 46, 56
-INK = {"page": "#ffffff", "text": "#24292f", "token": "#e6e9ee", "seen": "#7fb2e5", "query": "#d1495b", "sink": "#edae49"}
+INK = {
+    "page": "#ffffff",
+    "text": "#24292f",
+    "token": "#e6e9ee",
+    "seen": "#7fb2e5",
+    "query": "#d1495b",
+    "sink": "#edae49",
+}
 
 
 def pages() -> dict[Path, str]:
@@ -39,7 +46,12 @@ def table(found: tuple[Card, ...], folder: str) -> str:
     """The systems as a Markdown table."""
     lines = ["| system | kind | domain | what it brings |", "|---|---|---|---|"]
     for card in found:
-        cells = (f"[{card.slug}]({folder}{card.slug}.md)", ", ".join(card.kind), ", ".join(card.domain), card.summary)
+        cells = (
+            f"[{card.slug}]({folder}{card.slug}.md)",
+            ", ".join(card.kind),
+            ", ".join(card.domain),
+            card.summary,
+        )
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -71,7 +83,12 @@ def page(card: Card) -> str:
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
         lines.append("")
     if card.departs:
-        lines += ["## Where it departs from the paper or its code", "", *(f"- {what}" for what in card.departs), ""]
+        lines += [
+            "## Where it departs from the paper or its code",
+            "",
+            *(f"- {what}" for what in card.departs),
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -112,7 +129,8 @@ def picture() -> str:
         left = GAP + number * (side + GAP)
         out.append(f'<text x="{left}" y="22" font-size="18" fill="{INK["text"]}">{title}</text>')
         out.append(f'<text x="{left}" y="43" font-size="13" fill="{INK["text"]}">{settings}</text>')
-        out.append(f'<g transform="translate({left} {TOP})"><rect width="{side}" height="{side}" fill="url(#tokens)"/>')
+        out.append(f'<g transform="translate({left} {TOP})">')
+        out.append(f'<rect width="{side}" height="{side}" fill="url(#tokens)"/>')
         for ink in ("seen", "sink", "query"):
             places = sorted(place for place, other in cells.items() if other == ink)
             squares = "".join(f"M{x * CELL} {y * CELL}h{CELL - 1}v{CELL - 1}h-{CELL - 1}z" for y, x in places)
@@ -145,7 +163,11 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Write what is derived, or with --check name what is stale. Returns the exit status."""
-    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    stale = [
+        path
+        for path, text in pages().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
     kept = {path for path in pages() if path.parent.name == "systems"}
     orphans = [path for path in (ROOT / "docs" / "systems").glob("*.md") if path not in kept]
     if "--check" in sys.argv[1:]:

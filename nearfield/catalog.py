@@ -17,7 +17,19 @@ from typing import Any
 
 HOME = Path(__file__).parent / "systems"
 KINDS = ("operator", "layer", "model", "convert", "steer", "measure", "train", "study")
-FIELDS = {"title", "arxiv", "year", "code", "kind", "domain", "summary", "entry", "params", "claim", "departs"}
+FIELDS = {
+    "title",
+    "arxiv",
+    "year",
+    "code",
+    "kind",
+    "domain",
+    "summary",
+    "entry",
+    "params",
+    "claim",
+    "departs",
+}
 CLAIM_FIELDS = {"id", "paper", "expect", "here", "needs", "smoke_seconds"}
 
 
@@ -130,7 +142,7 @@ def cards(home: Path = HOME) -> tuple[Card, ...]:
 
 
 def listing(*, kind: str | None = None, domain: str | None = None, home: Path = HOME) -> Listing:
-    """The systems of a kind and a domain, all of them by default. Raises `LookupError` for an unknown domain."""
+    """The systems of a kind and a domain, by default all. Raises `LookupError` for an unknown domain."""
     known = cards(home)
     domains = {entry for card in known for entry in card.domain}
     if domain is not None and domain not in domains:
@@ -141,7 +153,7 @@ def listing(*, kind: str | None = None, domain: str | None = None, home: Path = 
 
 
 def find(name: str, home: Path = HOME) -> Card:
-    """The system of this name, hyphens or underscores alike. Raises `LookupError` with the nearest right names."""
+    """The system of this name, hyphens or underscores. Raises `LookupError` with the nearest right names."""
     known = {card.slug: card for card in cards(home)}
     card = known.get(_slug(name))
     if card is None:
@@ -150,11 +162,13 @@ def find(name: str, home: Path = HOME) -> Card:
 
 
 def find_entry(name: str, home: Path = HOME) -> tuple[Card, Any]:
-    """The card that offers an entry and the object itself. Raises `LookupError` with the nearest right names."""
+    """The card that offers an entry, and the object. Raises `LookupError` with the nearest right names."""
     owners = {entry: card for card in cards(home) for entry in card.entry}
     card = owners.get(name.replace("-", "_"))
     if card is None:
-        raise LookupError(unknown("entry", name, owners, "`nearfield show SYSTEM` lists what a system offers."))
+        raise LookupError(
+            unknown("entry", name, owners, "`nearfield show SYSTEM` lists what a system offers.")
+        )
     return card, resolve(card.entry[name.replace("-", "_")])
 
 
@@ -250,7 +264,9 @@ def _claim(raw: dict[str, Any]) -> Claim:
 
 def _only(where: str, raw: dict[str, Any], allowed: set[str]) -> None:
     if not isinstance(raw, dict) or set(raw) - allowed:
-        raise ValueError(f"{where} holds {sorted(set(raw) - allowed)}; allowed are {', '.join(sorted(allowed))}.")
+        raise ValueError(
+            f"{where} holds {sorted(set(raw) - allowed)}; allowed are {', '.join(sorted(allowed))}."
+        )
 
 
 def _text(name: str, value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The `nearfield` command: parses arguments, calls one function, prints a table for people or JSON for programs.
+"""The `nearfield` command: parses arguments, calls one function, prints a table or JSON.
 
-Exit status: 0 done, 1 could not be done (one sentence on stderr), 2 wrong usage. With `--json`, stdout holds one
-JSON document and nothing else; progress and messages go to stderr.
+Exit status: 0 done, 1 could not be done (one sentence on stderr), 2 wrong usage. With `--json`, stdout holds
+one JSON document and nothing else; progress and messages go to stderr.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def working() -> Iterator[Progress]:
-    """A function that shows progress on stderr. Until the end, whatever prints to stdout lands on stderr too."""
+    """A function that shows progress on stderr. Whatever prints to stdout meanwhile lands there too."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -149,7 +149,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout 
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder for what is written.")]
 Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="A text file, or `wiki`.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", metavar="N", help="Tokens per sequence, such as 8k.")]
-Budget = Annotated[str, typer.Option("--budget", metavar="SHARE", help="Quality that may be lost.", parser=share)]
+Budget = Annotated[
+    str, typer.Option("--budget", metavar="SHARE", help="Quality that may be lost.", parser=share)
+]
 
 
 @app.callback()
@@ -167,7 +169,9 @@ def list_(
 ) -> None:
     """The systems: one a paper."""
     if kind is not None and kind not in catalog.KINDS:
-        raise typer.BadParameter(catalog.unknown("kind", kind, catalog.KINDS, "See --help."), param_hint="--kind")
+        raise typer.BadParameter(
+            catalog.unknown("kind", kind, catalog.KINDS, "See --help."), param_hint="--kind"
+        )
     say(catalog.listing(kind=kind, domain=domain), json_)
 
 
@@ -185,7 +189,7 @@ def run(
     out: Out = None,
     json_: Json = False,
 ) -> None:
-    """The experiments behind a system's claims. A claim that fails or is skipped is a result, not an error."""
+    """The experiments behind a system's claims. A claim that fails or is skipped is a result, no error."""
     card = catalog.find(system)
     from nearfield import systems
 
@@ -201,22 +205,35 @@ def measure(
     model: Annotated[str, typer.Argument(help="A folder, a hub name, or a packaged model.")],
     text: Text = None,
     tokens: Tokens = None,
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="FILE", help="For models of pictures.")
+    ] = None,
+    windows: Annotated[
+        str | None, typer.Option(metavar="W,W", help="Windows whose share of mass is shown.")
+    ] = None,
     out: Out = None,
     json_: Json = False,
 ) -> None:
     """How local every attention site and head of a model is."""
     length = None if tokens is None else count(tokens)
-    from nearfield.measure import measure
+    inside = None if windows is None else counts(windows)
+    from nearfield.measure import run as look
 
     with working() as progress:
-        report = measure(model, text=text, tokens=length, out=out, progress=progress)
+        report = look(
+            model, text=text, tokens=length, image=image, windows=inside, out=out, progress=progress
+        )
     say(report, json_)
 
 
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A model, or its config.json; none for a grid of tokens.")] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="N", help="30x48x80 for a grid; 8k,32k for a model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A model, or its config.json; none for a grid of tokens.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="30x48x80 for a grid; 8k,32k for a model.")
+    ] = None,
     kernel_size: Annotated[str | None, typer.Option(metavar="K", help="18x24x24; `full` is a size.")] = None,
     stride: Annotated[str, typer.Option(metavar="S", help="Queries that share a window.")] = "1",
     dilation: Annotated[str, typer.Option(metavar="D", help="Distance between keys of a window.")] = "1",
@@ -232,7 +249,9 @@ def plan(
     if model is None:
         say(_plan_grid(tokens, kernel_size, stride, dilation, causal, tile, q_tile, kv_tile), json_)
     elif kernel_size is not None:
-        raise typer.BadParameter("is for a grid of tokens. For a model give --tokens and --budget.", param_hint="--kernel-size")
+        raise typer.BadParameter(
+            "is for a grid of tokens. For a model give --tokens and --budget.", param_hint="--kernel-size"
+        )
     elif model.endswith(".json"):
         lengths = counts(tokens or "8k,32k,128k")
         from nearfield.plan.config import ceiling
@@ -293,13 +312,15 @@ def convert(
     if (to == "neighborhood") != (kernel_size is not None):
         raise typer.BadParameter("--to neighborhood and --kernel-size belong together.", param_hint="--to")
     if to not in ("auto", "neighborhood") and not to.endswith(".json"):
-        raise typer.BadParameter(f"{to!r} is unknown. Choose auto, neighborhood, or a .json plan.", param_hint="--to")
+        raise typer.BadParameter(
+            f"{to!r} is unknown. Choose auto, neighborhood, or a .json plan.", param_hint="--to"
+        )
     kernel = None if kernel_size is None else grid(kernel_size)
     length = None if tokens is None else count(tokens)
-    from nearfield.convert.main import run
+    from nearfield.convert.main import run as make_local
 
     with working() as progress:
-        report = run(
+        report = make_local(
             model,
             to=to,
             budget=budget,
@@ -324,8 +345,10 @@ def bench(
     """Timed beside predicted cost, and beside a matrix product of the same machine."""
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is unknown. Choose cpu or cuda.", param_hint="--device")
-    from nearfield.bench import run
+    from nearfield.bench import run as time_cases
 
     with working() as progress:
-        report = run(op, device=device, case=case, rivals=rivals, progress=progress)
+        report = time_cases(
+            op, device=device, cases=None if case is None else [case], rivals=rivals, progress=progress
+        )
     say(report, json_)

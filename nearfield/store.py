@@ -24,8 +24,9 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> Any:
     """Anything that a card offers, built: `create("davit_tiny", num_classes=10)`.
 
     A class or a function that makes a model is called with `options`. An operator comes back with `options`
-    bound: `create("neighborhood_attention", scale=1.0)(query, key, value, geometry)`. `weights` is a safetensors
-    file or a folder that `save` wrote, and must fit exactly. Raises `LookupError` with the nearest right names.
+    bound: `create("neighborhood_attention", scale=1.0)(query, key, value, geometry)`. `weights` is a
+    safetensors file or a folder that `save` wrote, and must fit exactly. Raises `LookupError` with
+    the nearest right names.
     """
     card, entry = catalog.find_entry(name)
     name = name.replace("-", "_")
@@ -45,7 +46,7 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> Any:
 
 
 def save(model: Any, folder: str | Path) -> Path:
-    """The folder, holding the model: one that `create` built, or one that was converted. All of it or nothing.
+    """The folder, holding a model that `create` built or that was converted: all of it or nothing.
 
     Raises `FileExistsError` if the folder is there and holds anything.
     """
@@ -70,7 +71,9 @@ def save(model: Any, folder: str | Path) -> Path:
     unfinished.mkdir()
     try:
         save_model(model, str(unfinished / WEIGHTS))
-        (unfinished / CONFIG).write_text(config + "\n", encoding="utf-8")  # last: without it nothing can be loaded
+        (unfinished / CONFIG).write_text(
+            config + "\n", encoding="utf-8"
+        )  # last: without it nothing can be loaded
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
@@ -113,7 +116,9 @@ def _fill(name: str, model: Any, weights: Path) -> None:
     if not hasattr(model, "load_state_dict"):
         raise TypeError(f"{name} has no weights to load. Leave weights={str(weights)!r} out.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file. Give a .safetensors file, or a folder that nearfield.save wrote.")
+        raise FileNotFoundError(
+            f"{path} is no file. Give a .safetensors file, or a folder that nearfield.save wrote."
+        )
     from safetensors import SafetensorError
     from safetensors.torch import load_model
 

@@ -51,7 +51,9 @@ def test_a_card_says_what_its_file_says(home):
     card = catalog.find("first_system", home)
     assert (card.title, card.year, card.code) == ("A title", 2024, ("someone/something", "MIT"))
     assert card.params == {"one": 12} and card.departs == ("A detail.",)
-    assert card.claims[0] == catalog.Claim("first", "It is so.", "a = 1", "nearfield.core.dims:per_dim", ("cuda",), 2.0)
+    assert card.claims[0] == catalog.Claim(
+        "first", "It is so.", "a = 1", "nearfield.core.dims:per_dim", ("cuda",), 2.0
+    )
 
 
 @pytest.mark.parametrize("name", ["first_system", "first-system", "First-System"])
@@ -92,7 +94,11 @@ WRONG = [
     ('ENTRY = "nearfield.core.dims:per_dim"', 'ENTRY = "os:system"', "must be 'nearfield.module:name'"),
     ("smoke_seconds = 2", "smoke_seconds = 60", "at most 8"),
     ("smoke_seconds = 2", "smoke_second = 2", "holds.*smoke_second"),
-    ('code = { repo = "someone/something", licence = "MIT" }', 'code = { repo = "a/b" }', "'licence' is missing"),
+    (
+        'code = { repo = "someone/something", licence = "MIT" }',
+        'code = { repo = "a/b" }',
+        "'licence' is missing",
+    ),
     ("year = 2024", "year = ", "is no TOML"),
     ('what = "A detail."', 'why = "A detail."', "departs"),
 ]
@@ -115,7 +121,12 @@ def test_a_claim_may_not_stand_twice(tmp_path):
 
 def test_what_is_derived_from_the_cards_is_fresh(root):
     done = subprocess.run(
-        [sys.executable, "docs/generate.py", "--check"], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "docs/generate.py", "--check"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

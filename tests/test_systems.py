@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,16 +15,26 @@ from nearfield import catalog, create, load, save, store, systems
 CARDS = catalog.cards()
 CLAIMS = [(card, claim) for card in CARDS for claim in card.claims]
 MODELS = [(card, name) for card in CARDS for name in card.params]
-NAMES = {"card.toml", "__init__.py", "layer.py", "model.py", "steer.py", "study.py", "convert.py", "weights.py"}
+NAMES = {
+    "card.toml",
+    "__init__.py",
+    "layer.py",
+    "model.py",
+    "steer.py",
+    "study.py",
+    "convert.py",
+    "weights.py",
+}
 NAMES |= {"claims.py", "recipe.toml", "README.md"}
-MACHINE = 3.0  # a shared, busy machine may take this many times the seconds that a card states
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.slug)
 def test_a_folder_holds_the_named_files_and_no_folders(card):
     for path in (catalog.HOME / card.slug).iterdir():
         if path.name != "__pycache__":
-            assert path.name in NAMES | {f"test_{card.slug}.py"}, f"{path.name} has no place in a system's folder"
+            assert path.name in NAMES | {f"test_{card.slug}.py"}, (
+                f"{path.name} has no place in a system's folder"
+            )
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.slug)
@@ -49,8 +60,10 @@ def test_a_model_has_the_parameters_of_its_card(card, name):
 def test_a_claim_runs_in_its_seconds(card, claim):
     if "cuda" in claim.needs and torch.cuda.is_available():
         pytest.skip("GPU claims run under -m gpu")
+    begin = time.process_time()
     outcome = systems.attempt(claim)
-    assert outcome.seconds <= MACHINE * claim.smoke_seconds
+    # two cores for the stated seconds, counted as CPU time: other work on the machine does not count
+    assert time.process_time() - begin <= 2 * claim.smoke_seconds
     json.dumps(outcome.json(), allow_nan=False)
     result = outcome.result
     if result.skipped:
@@ -76,7 +89,11 @@ def claim_of(here, *needs):
 
 @pytest.mark.parametrize(
     ("need", "reason"),
-    [("native", "compiled CPU kernels"), ("package:no_such_one", "package no-such-one"), ("data:none", "the data none")],
+    [
+        ("native", "compiled CPU kernels"),
+        ("package:no_such_one", "package no-such-one"),
+        ("data:none", "the data none"),
+    ],
 )
 def test_what_is_missing_makes_a_claim_skipped_not_failed(need, reason):
     if need == "native" and systems.missing("native") is None:
@@ -106,14 +123,19 @@ def test_a_claim_that_does_not_hold_is_a_result(monkeypatch, tmp_path):
     def plot(axes):
         drawn.append(axes)
 
-    monkeypatch.setattr(catalog, "resolve", lambda address: lambda *, full=False: catalog.Result("a = 2", False, plot))
+    monkeypatch.setattr(
+        catalog, "resolve", lambda address: lambda *, full=False: catalog.Result("a = 2", False, plot)
+    )
     card = replace(CARDS[0], slug="tried", claims=(claim_of("nearfield.x:y"),))
     report = systems.run(card, full=True)
     assert report.json()["mode"] == "full" and report.json()["claims"][0]["holds"] is False
     pytest.importorskip("matplotlib")
     report.save(tmp_path / "new" / "folder")
     written = json.loads((tmp_path / "new" / "folder" / "tried.json").read_text())
-    assert written["claims"] == report.json()["claims"] and written["made"]["versions"]["torch"] == torch.__version__
+    assert (
+        written["claims"] == report.json()["claims"]
+        and written["made"]["versions"]["torch"] == torch.__version__
+    )
     assert drawn and (tmp_path / "new" / "folder" / "tried-tried.svg").stat().st_size > 0
 
 
@@ -131,7 +153,9 @@ class Small(torch.nn.Module):
 @pytest.fixture
 def small(monkeypatch):
     """A card that offers `small`."""
-    card = replace(CARDS[0], slug="tried", kind=("model",), entry={"small": f"{__name__}:Small"}, params={"small": 12})
+    card = replace(
+        CARDS[0], slug="tried", kind=("model",), entry={"small": f"{__name__}:Small"}, params={"small": 12}
+    )
     monkeypatch.setattr(catalog, "cards", lambda home=None: (card,))
     monkeypatch.setattr(catalog, "resolve", lambda address: Small)
 
@@ -174,7 +198,9 @@ def test_weights_must_fit_exactly(small, tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("config", ["", "[]", "{}", '{"nearfield_entry": 3}', '{"nearfield_entry": {"name": "small"}}'])
+@pytest.mark.parametrize(
+    "config", ["", "[]", "{}", '{"nearfield_entry": 3}', '{"nearfield_entry": {"name": "small"}}']
+)
 def test_a_folder_of_something_else_is_refused(small, tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json does not say"):

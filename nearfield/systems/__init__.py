@@ -44,7 +44,11 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """The outcomes and nothing about the machine: that is in the file which `save` writes."""
-        return {"system": self.card.slug, "mode": self.mode, "claims": [outcome.json() for outcome in self.outcomes]}
+        return {
+            "system": self.card.slug,
+            "mode": self.mode,
+            "claims": [outcome.json() for outcome in self.outcomes],
+        }
 
     def save(self, folder: Path) -> None:
         """Write `<slug>.json` with device, versions and commit, and a picture for each claim that has one."""
@@ -58,14 +62,18 @@ class Report:
         (folder / f"{self.card.slug}.json").write_text(text + "\n", encoding="utf-8")
         for outcome in self.outcomes:
             if outcome.result.plot is not None:
-                figure = require("matplotlib.figure", extra="plot").Figure(figsize=(6, 3.6), layout="constrained")
+                figure = require("matplotlib.figure", extra="plot").Figure(
+                    figsize=(6, 3.6), layout="constrained"
+                )
                 outcome.result.plot(figure.subplots())
                 figure.savefig(folder / f"{self.card.slug}-{outcome.claim.id}.svg", metadata={"Date": None})
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(title=f"{self.card.slug}: {self.card.title} ({self.mode})", title_justify="left", show_lines=True)
+        table = Table(
+            title=f"{self.card.slug}: {self.card.title} ({self.mode})", title_justify="left", show_lines=True
+        )
         for name in ("claim", "expected", "found", "holds", "seconds"):
             table.add_column(name, justify="right" if name == "seconds" else "left")
         for outcome in self.outcomes:
@@ -120,7 +128,7 @@ def attempt(claim: catalog.Claim, *, full: bool = False) -> Outcome:
 
 
 def missing(need: str) -> str | None:
-    """Why a need of a claim is not met here; `None` if it is. Raises `ValueError` for a need of unknown form."""
+    """Why a need of a claim is not met here; `None` if it is. Raises `ValueError` for an unknown need."""
     what, _, name = need.partition(":")
     if need == "cuda":
         import torch

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfield.bench.timing import timed
+from nearfield.bench.work import cpu_seconds
 from nearfield.catalog import Result
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
@@ -36,7 +37,7 @@ def tiles_win(*, full: bool = False) -> Result:
         }
         outputs = [call() for call in calls.values()]
         equal &= all(torch.allclose(outputs[0], other, atol=1e-5) for other in outputs[1:])
-        found = {name: timed(call, "cpu", budget=3.0 if full else 0.5).min for name, call in calls.items()}
+        found = {name: cpu_seconds(call, budget=3.0 if full else 0.3) for name, call in calls.items()}
         wins &= found["tiled"] < min(found["full with mask"], found["gather"])
         seconds |= {f"{name}, window {size}": value for name, value in found.items()}
     words = "; ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
@@ -47,9 +48,7 @@ def fused_kernel(*, full: bool = False) -> Result:
     """The compiled CPU kernel against tiles made of library calls, forward on 56 x 56."""
     q, k, v = _random(0, (56, 56), num_heads=4, head_dim=32)
     seconds = {
-        name: timed(
-            partial(neighborhood_attention, q, k, v, Neighborhood(7), backend=name), "cpu", budget=3.0 if full else 0.5
-        ).min
+        name: cpu_seconds(partial(neighborhood_attention, q, k, v, Neighborhood(7), backend=name))
         for name in ("native", "tiled")
     }
     words = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
@@ -64,14 +63,16 @@ def linear_memory(*, full: bool = False) -> Result:
     try:
         peak = max(_growth(call) for _ in range(3 if full else 1))
     except OSError as error:
-        return Result("", None, skipped=f"peak memory is read from Linux's /proc, which is not here ({error})")
+        return Result(
+            "", None, skipped=f"peak memory is read from Linux's /proc, which is not here ({error})"
+        )
     gathered = 2 * 13 * 13 * inputs / 3
     words = f"{peak / 2**20:.0f} MiB, {peak / inputs:.2f} x the inputs; gathered keys and values would take"
     return Result(f"{words} {gathered / 2**30:.1f} GiB", peak <= 3 * inputs)
 
 
 def per_axis(*, full: bool = False) -> Result:
-    """Window (2, 7, 7), causal on time only, against full attention under a mask written from the formulas."""
+    """Window (2, 7, 7), causal on time only, against full attention under a mask made from the formulas."""
     worst = 0.0
     grid = (8, 16, 16) if full else (4, 12, 12)
     mask = _mask(grid, (2, 7, 7), is_causal=(True, False, False))
@@ -88,13 +89,18 @@ def beats_dense_on_gpu(*, full: bool = False) -> Result:
     q, k, v = (x.cuda().half() for x in _random(0, (256, 256), num_heads=24 if full else 8, head_dim=128))
     dense = partial(F.scaled_dot_product_attention, *(rearrange(x, FLAT) for x in (q, k, v)))
     local = partial(neighborhood_attention, q, k, v, Neighborhood(80))
-    seconds = {"full": timed(dense, "cuda", budget=2.0).seconds, "local": timed(local, "cuda", budget=2.0).seconds}
+    seconds = {
+        "full": timed(dense, "cuda", budget=2.0).seconds,
+        "local": timed(local, "cuda", budget=2.0).seconds,
+    }
     gain = seconds["full"] / seconds["local"]
     words = f"full {1e3 * seconds['full']:.1f} ms, local {1e3 * seconds['local']:.1f} ms: {gain:.1f} x"
     return Result(words, gain >= 5, partial(_bars, seconds))
 
 
-def _random(seed: int, grid: tuple[int, ...], *, num_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _random(
+    seed: int, grid: tuple[int, ...], *, num_heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, *grid, num_heads, head_dim, generator=draw) for _ in range(3))
     return q, k, v
@@ -109,7 +115,9 @@ def _mask(
         query, key = torch.arange(n)[:, None], torch.arange(n)[None, :]
         start = (query - k + 1).clamp(min=0) if causal else (query - k // 2).clamp(0, n - k)
         end = query + 1 if causal else start + k
-        mask = torch.kron(mask, (start <= key) & (key < end))  # the window is the product of the axes' windows
+        mask = torch.kron(
+            mask, (start <= key) & (key < end)
+        )  # the window is the product of the axes' windows
     return mask
 
 
@@ -122,7 +130,9 @@ def _gathered(
     q: Float[Tensor, "1 y x h d"], k: Float[Tensor, "1 y x h d"], v: Float[Tensor, "1 y x h d"], size: int
 ) -> Float[Tensor, "1 y x h d"]:
     """Neighborhood attention as it is often written: every query gets a copy of its keys and values."""
-    index = [(torch.arange(n) - size // 2).clamp(0, n - size)[:, None] + torch.arange(size) for n in q.shape[1:3]]
+    index = [
+        (torch.arange(n) - size // 2).clamp(0, n - size)[:, None] + torch.arange(size) for n in q.shape[1:3]
+    ]
     rows, columns = index[0][:, None, :, None], index[1][None, :, None, :]
     near_k, near_v = (rearrange(x[0, rows, columns], "y x i j h d -> (y x) h (i j) d") for x in (k, v))
     out = F.scaled_dot_product_attention(rearrange(q, "1 y x h d -> (y x) h 1 d"), near_k, near_v)
@@ -130,7 +140,7 @@ def _gathered(
 
 
 def _growth(call: Callable[[], object]) -> int:
-    """Bytes by which the process's memory rose at most during the call. Raises `OSError` where /proc is absent."""
+    """Bytes by which the process's memory rose at most. Raises `OSError` where /proc is absent."""
     call()  # first use: pools and caches that stay
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
     before = _status("VmRSS")

@@ -1,1 +1,1 @@
-"""Generalized Neighborhood Attention: strides in `nearfield.ops.neighborhood`, the simulator in `nearfield.plan`."""
+"""Generalized Neighborhood Attention: strides of `nearfield.ops.neighborhood`, and `nearfield.plan`."""
