@@ -271,8 +271,9 @@ def _attention_function(
                 "be shown whole. Run with use_cache=False inside the `with`, or watch the model before it is "
                 "converted."
             )
-        house = (x.transpose(1, 2) for x in (query, key, value))
-        out = watcher.handler(Call(site(watcher.names[module], grid), module, *house, attention_mask, scale))
+        place = site(watcher.names[module], grid)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out = watcher.handler(Call(place, module, q, k, v, attention_mask, scale))
         if out is not None:
             wanted = (query.shape[0], num_queries, query.shape[1], value.shape[-1])
             if tuple(out.shape) != wanted:
@@ -313,6 +314,8 @@ def _local(
     from nearfield.hosts.transformers_cache import select, unite
 
     share = query.shape[1] // key.shape[1]
+    if mask is not None and mask.shape[-2] != query.shape[2]:
+        mask = mask.expand(*mask.shape[:2], query.shape[2], -1)  # one row for all queries
     reading = _reading(route, site.is_causal, mask)
     if layer is not None and layer.seen > query.shape[2]:
         layer.take()
@@ -322,24 +325,24 @@ def _local(
         padding = reading.keys.expand(key.shape[0], -1)
     outs = []
     pieces = (select(x, route.parts, n) for x, n in ((query, share), (key, 1), (value, 1)))
-    for part, plan, *some in zip(route.parts, route.plans, *pieces, strict=True):
+    for part, plan, q, k, v in zip(route.parts, route.plans, *pieces, strict=True):
         if part.pattern is None:
-            outs.append(host(*some, mask))
+            outs.append(host(q, k, v, mask))
         elif mask is not None and reading is not None and not reading.plain:
             if site.num_prefix or len(site.grid or ()) != 1:
                 raise NotImplementedError(
                     f"Site {site.name!r} is given a mask that says more than padding, which a pattern on a "
                     "grid cannot follow. Leave the site full."
                 )
-            outs.append(host(*some, dense_mask(mask, reading.keys, part.pattern)))
+            outs.append(host(q, k, v, dense_mask(mask, reading.keys, part.pattern)))
         else:
             if padding is not None and part.pattern.border == "shift" and not site.is_causal:
                 raise ValueError(
                     f"Site {site.name!r} is given padded rows and its pattern has border='shift', whose "
                     "windows would depend on the padding. Convert with border='truncate'."
                 )
-            house = (x.transpose(1, 2) for x in some)
-            outs.append(attend(*house, site, plan, key_mask=padding, scale=scale))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            outs.append(attend(q, k, v, site, plan, key_mask=padding, scale=scale))
     if layer is not None:
         _store(layer, reading)
     return unite(outs, route.parts, share)

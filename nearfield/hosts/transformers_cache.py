@@ -118,7 +118,7 @@ class BoundedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are: the converted attention module stores them, knowing the rest."""
+        """The new keys and values as they are: the converted attention module stores them itself."""
         if not self.armed or self.pending is not None:
             raise RuntimeError(
                 f"This cache was filled by a converted model and is now used at {self.name!r} by one that is "
@@ -182,8 +182,8 @@ class BoundedLayer(CacheLayerMixin):
             if num_new == 1 and part.dilation == 1:
                 outs.append(_one_row(some_queries, slots, contents, seen, scale))
             else:
-                house = (x.transpose(1, 2) for x in (some_queries, slots, contents))
-                outs.append(neighborhood_attention(*house, part.pattern, key_mask=seen, scale=scale))
+                q, k, v = (x.transpose(1, 2) for x in (some_queries, slots, contents))
+                outs.append(neighborhood_attention(q, k, v, part.pattern, key_mask=seen, scale=scale))
         return unite(outs, self.parts, share)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -287,7 +287,7 @@ class _Store:
     def fill(self, key: Tensor, value: Tensor, at: int, arrived: Tensor | None) -> None:
         """Takes in the first tokens, of which only what later ones see is kept."""
         self._note_sinks(key, value, at, arrived)
-        self._keep(key, value)
+        self._keep(key, value, 0)
 
     def extend(
         self, key: Tensor, value: Tensor, at: int, arrived: Tensor | None
@@ -310,8 +310,8 @@ class _Store:
             ):
                 front = [] if sinks is None else [sinks[:, :, :in_front]]
                 found.append(torch.cat([*front, buffer[:, :, self.start : self.end], new], dim=2))
-            self._keep(*found, front=in_front)
             slots, contents = found
+            self._keep(slots, contents, in_front)
         else:
             self._make_room(num_new)
             begin = self.start - in_front
@@ -362,7 +362,7 @@ class _Store:
             self.sink_keys, self.sink_values = self.sink_keys[:, :, :seen], self.sink_values[:, :, :seen]
             self.complete = self.sink_keys.shape[2] == self.num_sinks
 
-    def _keep(self, key: Tensor, value: Tensor, front: int = 0) -> None:
+    def _keep(self, key: Tensor, value: Tensor, front: int) -> None:
         """Replaces the buffers by the last of these tokens, behind `front` sinks."""
         num = key.shape[2] - front
         held = num if self.reach is None else min(num, self.reach)

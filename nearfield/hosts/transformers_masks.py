@@ -96,7 +96,8 @@ def _read(mask: Tensor, is_causal: bool, window: int | None) -> Reading:
     plain = mask.dtype == torch.bool or bool(((mask == 0) == seen).all())
     one_row = num_queries == 1 or mask.stride(-2) == 0
     if not plain or (one_row and mask.shape[1] == 1 and window is None):
-        return Reading(keys, plain and (num_queries == 1 or not is_causal))
+        plain = plain and (num_queries == 1 or not is_causal)
+        return Reading(keys if plain else seen.any(1).any(-2), plain)
     wanted = keys[:, None, None]
     if is_causal:
         queries = torch.arange(num_keys - num_queries, num_keys, device=mask.device)[:, None]
@@ -105,6 +106,8 @@ def _read(mask: Tensor, is_causal: bool, window: int | None) -> Reading:
         if window is not None:
             reach &= places > queries - window
         wanted = wanted & reach
-    # What a query that is padding sees is nobody's concern: some hosts let it see everything.
-    idle = ~keys[:, None, -num_queries:, None] if num_queries <= num_keys else torch.zeros_like(wanted)
-    return Reading(keys, bool(((seen == wanted) | idle).all()))
+    same = seen == wanted
+    if num_queries <= num_keys:  # a query that is padding may see everything: some hosts let it, nobody reads it
+        same = same | (~keys[:, None, -num_queries:, None] & seen.all(-1, keepdim=True))
+    plain = bool(same.all())
+    return Reading(keys if plain else seen.any(1).any(-2), plain)
