@@ -11,6 +11,14 @@ from torch import nn
 from nearfield.hosts.seam import Call, attention, sites
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Attention(nn.Module):
     """A ViT's attention as timm writes it."""
 

@@ -13,7 +13,7 @@ from nearfield.hosts.seam import Site, attention, sites
 from nearfield.hosts.torch_nn import install
 from nearfield.ops.neighborhood import Neighborhood
 from nearfield.plan.pattern import GroupPlan, SitePlan
-from tests.test_seam import Vit, answer, nothing, state
+from tests.test_seam import Vit, answer, nothing, one_thread, state  # noqa: F401
 
 N, DIM, HEADS = 6, 16, 4
 
@@ -407,6 +407,11 @@ def test_install_refuses_in_words():
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn"):
         install(model, plan("layers.0", wide))
     assert state(model) == before
+    restore = install(model, plan("layers.0.self_attn", wide))
+    with pytest.raises(RuntimeError, match="local already"):
+        install(model, plan("layers.0.self_attn", wide))
+    with attention(model, nothing), pytest.raises(RuntimeError, match="Undo the later change"):
+        restore()
     training = nn.TransformerEncoderLayer(DIM, HEADS, 32, dropout=0.1, batch_first=True)
     install(training, plan("self_attn", wide))
     with pytest.raises(NotImplementedError, match=r"call \.eval\(\)"):

@@ -1,4 +1,4 @@
-"""How hosts call attention: SDPA's and multi-head attention's arguments as one call in the layout of the house."""
+"""How hosts call attention: the arguments of SDPA and multi-head attention as one call in our layout."""
 
 from __future__ import annotations
 
@@ -50,12 +50,15 @@ class Seen:
             parts.append(self.key_mask[:, None, None])
         if self.is_causal:
             parts.append(torch.ones(n, m, dtype=torch.bool, device=self.query.device).tril_())
+        whole = parts[0]
         if all(part.dtype == torch.bool for part in parts):
-            whole = parts[0]
             for part in parts[1:]:
                 whole = whole & part
             return whole
-        return sum(_additive(part, self.query.dtype) for part in parts)
+        whole = _additive(whole, self.query.dtype)
+        for part in parts[1:]:
+            whole = whole + _additive(part, self.query.dtype)
+        return whole
 
     def padding(self) -> Tensor | None:
         """The mask as padded keys; `ValueError` where it says more."""
@@ -63,7 +66,8 @@ class Seen:
             return key_mask_of(self.complete_mask(), self.query.shape[0], self.key.shape[1], self.is_causal)
         if self.key_mask is None or self.key_mask.dtype == torch.bool:
             return self.key_mask
-        return key_mask_of(self.key_mask[:, None, None], *self.key_mask.shape, False)
+        batch, keys = self.key_mask.shape
+        return key_mask_of(self.key_mask[:, None, None], batch, keys, False)
 
 
 class Asked:
@@ -228,7 +232,7 @@ def _extended(heads: Tensor, bias: Tensor | None, zero: bool) -> Tensor:
 
 
 def _visible(mask: Tensor, extra: int) -> Tensor:
-    """One of multi-head attention's masks (True: hidden) as ours (True: visible), open to `extra` keys behind."""
+    """A mask of multi-head attention (True: hidden) as ours (True: visible), `extra` visible keys added."""
     if mask.dtype == torch.bool:
         return F.pad(~mask, (0, extra), value=True)
     return F.pad(mask, (0, extra))
@@ -257,7 +261,7 @@ def _heads_last(x: Tensor, lead: torch.Size) -> Tensor:
 
 
 def _fit(grids: Sequence[tuple[int, ...]], tokens: int) -> tuple[tuple[int, ...] | None, int]:
-    """The grid among those seen that leaves the fewest tokens before it, the latest first; (tokens,) if none was."""
+    """The grid seen that leaves the fewest tokens before it, the latest first; (tokens,) if none was seen."""
     fitting = [
         (tokens - prod(grid), grid)
         for grid in reversed(grids)

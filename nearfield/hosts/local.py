@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor
 from nearfield.core import per_dim
 from nearfield.hosts.seam import Site
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
-from nearfield.plan.pattern import SitePlan
+
+if TYPE_CHECKING:
+    from nearfield.plan.pattern import SitePlan
 
 
 def attend(
@@ -26,7 +29,7 @@ def attend(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b n heads dv"]:
-    """Attention in which every key/value-head group of `plan` sees what its pattern shows, the rest everything.
+    """Attention in which every key/value-head group of `plan` sees what its pattern shows, the rest all.
 
     Of a ViT's class and register tokens (`site.num_prefix`) each sees all tokens and is seen by all; the
     patches behind them see their neighborhood on `site.grid`. Heads of one pattern run as one call. A causal
@@ -103,7 +106,7 @@ def _attend(
     if pattern is None:
         return dense(query, key, value, is_causal=site.is_causal, key_mask=key_mask, scale=scale)
     grid, prefix = _grid(site, pattern, query.shape[1], key.shape[1])
-    options = {"scale": scale, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
     if not prefix:
         queries = query if site.is_causal else query.unflatten(1, grid)
         seen = None if key_mask is None else key_mask.unflatten(1, grid)
@@ -187,8 +190,8 @@ def _grid(site: Site, pattern: Neighborhood, num_queries: int, num_keys: int) ->
         size *= side
     if tokens + size != num_keys or (num_queries != num_keys and not site.is_causal):
         raise ValueError(
-            f"Site {site.name!r} got {num_queries} queries and {num_keys} keys for {tokens} prefix tokens and a grid "
-            f"of {site.grid}. Give the grid that these tokens form."
+            f"Site {site.name!r} got {num_queries} queries and {num_keys} keys for {tokens} prefix "
+            f"tokens and a grid of {site.grid}. Give the grid that these tokens form."
         )
     causal = set(per_dim("is_causal", pattern.is_causal, len(site.grid)))
     if causal != {site.is_causal} or (site.is_causal and (tokens or len(site.grid) > 1)):

@@ -1,8 +1,8 @@
 """The one place where hosts are entered: every attention call of a model, by name, while a `with` lasts.
 
-Nearly all hosts meet in `F.scaled_dot_product_attention`. transformers models are entered through their own door
-(`hosts/transformers.py`), every other module through a function mode (`hosts/torch_nn.py`). What neither sees:
-flash-attention packages called directly, `flex_attention`, and scripted modules (refused by name).
+Nearly all hosts meet in `F.scaled_dot_product_attention`. transformers models are entered through their own
+door (`hosts/transformers.py`), every other module through a function mode (`hosts/torch_nn.py`). What neither
+sees: flash-attention packages called directly, `flex_attention`, and scripted modules (refused by name).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from torch.overrides import (
 from nearfield.hosts.calls import OPENINGS, Asked, Seen, context_of, multihead, note_grid
 from nearfield.hosts.local import attend
 from nearfield.hosts.seam import Call, Handler
-from nearfield.plan.pattern import SitePlan
+
+if TYPE_CHECKING:
+    from nearfield.plan.pattern import SitePlan
 
 BACKWARD = (Tensor.backward, torch.autograd.grad)
 PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")  # what scores are computed with by hand
@@ -58,7 +60,8 @@ class Session(TorchFunctionMode, Asked):
         wanted = (*seen.query.shape[:3], seen.value.shape[-1])
         if out is not None and tuple(out.shape) != wanted:
             raise ValueError(
-                f"The handler gave {tuple(out.shape)} at site {site.name!r}. Give [B, N, heads, Dv] = {wanted}, or None."
+                f"The handler gave {tuple(out.shape)} at site {site.name!r}. "
+                f"Give [B, N, heads, Dv] = {wanted}, or None."
             )
         return out
 
@@ -108,8 +111,8 @@ class Session(TorchFunctionMode, Asked):
             axis = kwargs["dim"] if "dim" in kwargs else args[1]
             if axis in (-1, result.ndim - 1):
                 raise NotImplementedError(
-                    f"Site {self.names.get(module, '')!r} ({type(module).__name__}) takes the softmax of query times "
-                    "key itself, so its attention cannot be seen. Switch the host to its fused path "
+                    f"Site {self.names.get(module, '')!r} ({type(module).__name__}) takes the softmax of "
+                    "query times key itself, so its attention cannot be seen. Switch it to its fused path "
                     "(F.scaled_dot_product_attention), or enter only the parts of the model that use it."
                 )
 
@@ -163,8 +166,8 @@ class Session(TorchFunctionMode, Asked):
 def attention(model: nn.Module, handler: Handler, leave_out: Sequence[nn.Module] = ()) -> Iterator[nn.Module]:
     """`seam.attention` for a plain torch model; sites inside the `leave_out` modules are not entered.
 
-    Modules whose fused path is switched off (`fused_attn=False`) use it inside the `with`, so they are equal to
-    their own run up to rounding; all others are bit-equal.
+    Modules whose fused path is switched off (`fused_attn=False`) use it inside the `with`, so they are equal
+    to their own run up to rounding; all others are bit-equal.
     """
     _refuse_scripted(model)
     session = Session(model, handler, leave_out)
@@ -210,7 +213,8 @@ def install(model: nn.Module, plans: dict[str, SitePlan]) -> Callable[[], None]:
             module, nn.TransformerEncoder | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
         ):
             raise ValueError(
-                f"Module {name!r} holds attention sites and is none. Name the site, such as '{name}.self_attn'."
+                f"Module {name!r} holds attention sites and is none. "
+                f"Name the site, such as '{name}.self_attn'."
             )
     grids = Grids()
     with ExitStack() as stack:
@@ -222,6 +226,10 @@ def install(model: nn.Module, plans: dict[str, SitePlan]) -> Callable[[], None]:
                 continue
             if getattr(module, "fused_attn", None) is False:
                 stack.callback(_set(module, "fused_attn", True))
+            if isinstance(getattr(vars(module).get("forward"), "who", None), Planned):
+                raise RuntimeError(
+                    f"Site {planned[0]!r} is local already. Call the restore of that plan first."
+                )
             who = Planned(*planned, grids)
             forward = _opening(module, who) or SdpaForward(module, who)
             stack.callback(forward.put().lift)
@@ -237,8 +245,8 @@ class Planned(Asked):
     def answer(self, module: nn.Module, seen: Seen) -> Tensor:
         if seen.dropout:
             raise NotImplementedError(
-                f"Site {self.name!r} is local and drops attention weights with probability {seen.dropout}, which local "
-                "attention cannot. Set its dropout to 0, or call .eval()."
+                f"Site {self.name!r} is local and drops attention weights with probability {seen.dropout}, "
+                "which local attention cannot. Set its dropout to 0, or call .eval()."
             )
         site = seen.site(self.name, list(self.grids.seen.values()))
         with _busy():
@@ -268,15 +276,20 @@ class Forward:
 
     def put(self) -> Forward:
         """Takes the place of the module's forward."""
-        self.module.forward = self
+        vars(self.module)["forward"] = self
         return self
 
     def lift(self) -> None:
         """Gives the place back."""
+        if vars(self.module).get("forward") is not self:
+            raise RuntimeError(
+                f"The forward of this {type(self.module).__name__} was changed again since. "
+                "Undo the later change first."
+            )
         if self.was_set:
-            self.module.forward = self.__wrapped__
+            vars(self.module)["forward"] = self.__wrapped__
         else:
-            del self.module.forward
+            del vars(self.module)["forward"]
 
 
 class MultiheadForward(Forward):
@@ -334,7 +347,7 @@ class EncoderLayerForward(Forward):
         else:
             x = layer.norm1(x)
             x = layer.norm2(x + layer._ff_block(x))
-        return torch._nested_tensor_from_mask(x, ~padding) if src.is_nested else x
+        return torch._nested_tensor_from_mask(x, ~padding) if padding is not None and src.is_nested else x
 
 
 class EncoderForward(Forward):
@@ -405,7 +418,8 @@ def _refuse_scripted(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError(
-                f"Module {name!r} is scripted; its attention cannot be seen. Use the model it was scripted from."
+                f"Module {name!r} is scripted; its attention cannot be seen. "
+                "Use the model it was scripted from."
             )
 
 
@@ -450,5 +464,5 @@ def _busy() -> Iterator[None]:
 
 
 def _stance(name: str) -> AbstractContextManager[Any]:
-    """How compiled code runs inside; where nothing was compiled yet, torch's compiler is not even imported."""
+    """How compiled code runs inside; where nothing was compiled yet, the compiler is not even imported."""
     return torch.compiler.set_stance(name) if "torch._dynamo" in sys.modules else nullcontext()
