@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 from nearfield.ops.neighborhood.tiled_blocks import sum_dtype
+from nearfield.ops.neighborhood.tiled_causal import causal_backward, causal_forward, fits
 from nearfield.ops.neighborhood.tiled_boxes import (
     Sinks,
     boxes_backward,
@@ -85,8 +86,11 @@ def _forward(
     lse = q.new_empty(q.shape[:-1], dtype=sum_dtype(q.dtype))
     if q.numel():
         mask = None if key_mask is None else key_mask.flatten(1)
-        boxes_forward(q, k, v, bound, bias, mask, scale, out, lse)
-        if num_sinks:
+        if text := fits(bound, bias, key_mask):
+            causal_forward(q, k, v, bound, scale, out, lse)
+        else:
+            boxes_forward(q, k, v, bound, bias, mask, scale, out, lse)
+        if num_sinks and not text:
             sinks = Sinks(bound, mask, q.device)
             far_forward(q, sinks.gather(k), sinks.gather(v), sinks, scale, out, lse)
         if more_k is not None and more_v is not None and more_k.shape[1]:
@@ -138,8 +142,11 @@ def _backward(
     logits = dk.new_empty(0)
     if q.numel():
         mask = None if key_mask is None else key_mask.flatten(1)
-        boxes_backward(g, g_lse, q, k, v, o, statistics, bound, bias, mask, scale, (dq, dk, dv, table))
-        if num_sinks:
+        if text := fits(bound, bias, key_mask):
+            causal_backward(g, g_lse, q, k, v, o, statistics, bound, scale, (dq, dk, dv))
+        else:
+            boxes_backward(g, g_lse, q, k, v, o, statistics, bound, bias, mask, scale, (dq, dk, dv, table))
+        if num_sinks and not text:
             sinks = Sinks(bound, mask, q.device)
             parts = far_backward(
                 g, g_lse, q, sinks.gather(k), sinks.gather(v), sinks, o, statistics, scale, dq

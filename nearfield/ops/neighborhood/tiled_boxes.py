@@ -6,6 +6,9 @@ query (sinks, additional keys) are a second piece, merged by log-sum-exp. Layout
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from nearfield.ops.neighborhood.tiled_blocks import (
 )
 from nearfield.ops.neighborhood.tiled_plan import Chunk, chunks, num_slots, tile_shape
 
-CHUNK_BYTES = 1 << 23  # what one chunk of tiles may gather: small enough to stay near the core
+CHUNK_BYTES = 1 << 22  # what one chunk of tiles may gather: small enough to stay near the core
 WIDE_ROWS = 1024  # queries at a time against sinks and additional keys
 
 
@@ -35,7 +38,7 @@ def boxes_forward(
     lse: Tensor,
 ) -> None:
     """Fills `out` and `lse` with the attention of every query on its window."""
-    for chunk in chunks(bound, _tiles_at_once(query, value, bound, 1), bias is not None, query.device):
+    for chunk in _chunks_of(query, key, bound, bias, 1):
         q = fold(query.index_select(1, chunk.query), chunk.tiles, key.shape[2])
         k, v = _box(key, chunk), _box(value, chunk)
         mask = _mask(chunk, bias, key_mask, q)
@@ -61,7 +64,7 @@ def boxes_backward(
     grads: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> None:
     """Adds to the gradients of query, key, value and, if there, the flat bias table. `lse` is finite."""
-    for chunk in chunks(bound, _tiles_at_once(query, value, bound, 3), bias is not None, query.device):
+    for chunk in _chunks_of(query, key, bound, bias, 3):
         q, o, g, statistics, g_lse = (
             None if x is None else fold(x.index_select(1, chunk.query), chunk.tiles, key.shape[2])
             for x in (
@@ -208,13 +211,14 @@ def unfold(rows: Tensor, tiles: int, num_heads: int) -> Tensor:
     )
 
 
-def _tiles_at_once(query: Tensor, value: Tensor, bound: Bound, passes: int) -> int:
-    rows, slots = 1, num_slots(bound)
-    for side in tile_shape(bound):
-        rows *= side
-    dims = query.shape[-1] + value.shape[-1]
-    bytes_of_tile = passes * (rows * query.shape[2] + slots * value.shape[2]) * dims * query.element_size()
-    return max(1, CHUNK_BYTES // (bytes_of_tile * query.shape[0] + 4 * rows * slots))
+def _chunks_of(query: Tensor, key: Tensor, bound: Bound, bias: Tensor | None, passes: int) -> Iterable[Chunk]:
+    shape = tile_shape(bound, query.shape[2] // key.shape[2])
+    rows, slots = prod(shape), num_slots(bound, shape)
+    gathered = (
+        passes * 2 * (rows * query.shape[2] + slots * key.shape[2]) * query.shape[3] * query.element_size()
+    )
+    at_once = max(1, CHUNK_BYTES // (gathered * query.shape[0] + 4 * rows * slots))
+    return chunks(bound, shape, at_once, bias is not None, query.device)
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from nearfield.ops.neighborhood.geometry import Axis, Bound
 
-TILES = {
-    1: (128,),
-    2: (8, 8),
-    3: (4, 4, 4),
-}  # queries of a tile by rank, before stride and grid have their say
+GATHER = (
+    28  # gathering a key costs as much as this many queries' scores with it (measured, head_dim 32 to 64)
+)
+LONGEST = {1: 256, 2: 16, 3: 8}  # longest side of a tile by rank, unless one stride is longer
+MOST_ROWS = 1024
 CACHED_BYTES = 1 << 25  # chunks of a plan stay in memory up to this size; larger plans are worked out anew
 
 
@@ -47,39 +48,46 @@ class Chunk:
     tiles: int
 
 
-def tile_shape(bound: Bound) -> tuple[int, ...]:
-    """Queries of a tile per axis: whole strides, not wider than a dilation group."""
-    shape = []
-    for axis, side in zip(bound.axes, TILES[len(bound.axes)], strict=True):
-        whole = axis.stride * max(1, side // axis.stride)
-        shape.append(min(whole, -(-axis.size // axis.dilation)))
-    return tuple(shape)
+@lru_cache(maxsize=512)
+def tile_shape(bound: Bound, group: int) -> tuple[int, ...]:
+    """Queries of a tile per axis, whole strides, at the least cost; `group` query heads share a key."""
+    options = [_options(axis, LONGEST[len(bound.axes)]) for axis in bound.axes]
+
+    def cost(sides: tuple[tuple[int, int, int], ...]) -> tuple[bool, int]:
+        rows, tiles, slots = (prod(numbers) for numbers in zip(*sides, strict=True))
+        return rows > MOST_ROWS, tiles * slots * (rows * group + GATHER)
+
+    return tuple(side[0] for side in min(product(*options), key=cost))
 
 
-def num_slots(bound: Bound) -> int:
+def num_slots(bound: Bound, shape: tuple[int, ...]) -> int:
     """Keys of the box of one tile."""
-    return prod(tiles.key.shape[1] for tiles in _axes(bound))
+    return prod(tiles.key.shape[1] for tiles in _axes(bound, shape))
 
 
-def chunks(bound: Bound, tiles_at_once: int, with_bias: bool, device: torch.device) -> Iterable[Chunk]:
+def chunks(
+    bound: Bound, shape: tuple[int, ...], tiles_at_once: int, with_bias: bool, device: torch.device
+) -> Iterable[Chunk]:
     """All tiles of a bound pattern, `tiles_at_once` at a time, those with one mask next to each other."""
-    axes = _axes(bound)
-    tiles, rows, width = prod(len(a.kind) for a in axes), prod(tile_shape(bound)), num_slots(bound)
-    masks = min(tiles, -(-tiles // tiles_at_once) + 3 ** len(axes))
+    tiles = prod(len(axis.kind) for axis in _axes(bound, shape))
+    rows, width = prod(shape), num_slots(bound, shape)
+    masks = min(tiles, -(-tiles // tiles_at_once) + 3 ** len(shape))
     if tiles * (rows + width) * 8 + masks * rows * width * (9 if with_bias else 1) > CACHED_BYTES:
-        return _chunks(bound, tiles_at_once, with_bias, device)
-    return _kept_chunks(bound, tiles_at_once, with_bias, device)
+        return _chunks(bound, shape, tiles_at_once, with_bias, device)
+    return _kept_chunks(bound, shape, tiles_at_once, with_bias, device)
 
 
 @lru_cache(maxsize=64)
 def _kept_chunks(
-    bound: Bound, tiles_at_once: int, with_bias: bool, device: torch.device
+    bound: Bound, shape: tuple[int, ...], tiles_at_once: int, with_bias: bool, device: torch.device
 ) -> tuple[Chunk, ...]:
-    return tuple(_chunks(bound, tiles_at_once, with_bias, device))
+    return tuple(_chunks(bound, shape, tiles_at_once, with_bias, device))
 
 
-def _chunks(bound: Bound, tiles_at_once: int, with_bias: bool, device: torch.device) -> Iterator[Chunk]:
-    axes = _axes(bound)
+def _chunks(
+    bound: Bound, shape: tuple[int, ...], tiles_at_once: int, with_bias: bool, device: torch.device
+) -> Iterator[Chunk]:
+    axes = _axes(bound, shape)
     counts = [len(axis.kind) for axis in axes]
     kinds = _flat(
         [a.kind[:, None] for a in axes], [int(a.kind.amax()) + 1 for a in axes], _all_tiles(counts)
@@ -140,8 +148,19 @@ def _axis_tiles(axis: Axis, rows: int, first: int) -> AxisTiles:
     )
 
 
-def _axes(bound: Bound) -> list[AxisTiles]:
-    return [_axis_tiles(axis, n, bound.offset) for axis, n in zip(bound.axes, tile_shape(bound), strict=True)]
+def _axes(bound: Bound, shape: tuple[int, ...]) -> list[AxisTiles]:
+    return [_axis_tiles(axis, rows, bound.offset) for axis, rows in zip(bound.axes, shape, strict=True)]
+
+
+def _options(axis: Axis, longest: int) -> list[tuple[int, int, int]]:
+    """(queries, tiles, keys of a box) for each tile side worth a thought."""
+    length = -(-axis.size // axis.dilation)
+    step = axis.stride if longest <= 16 else -(-16 // axis.stride) * axis.stride
+    found = []
+    for side in {min(side, length) for side in (axis.stride, *range(step, longest + 1, step))}:
+        tiles = min(axis.dilation, axis.size) * -(-length // side)
+        found.append((side, tiles, min(length, side - axis.stride + axis.kernel_size)))
+    return sorted(found)
 
 
 def _offsets(axes: list[AxisTiles], bound: Bound, some: list[Tensor]) -> Tensor:
