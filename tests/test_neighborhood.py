@@ -508,6 +508,24 @@ def test_vmap_is_a_batch(backend: str) -> None:
     assert_close(torch.vmap(call)(*tensors), expected)
 
 
+def test_auto_leaves_function_transforms_to_the_reference() -> None:
+    q, k, v = qkv(1, 20, 2, 4)
+
+    def call(query: Tensor, backend: str = "auto") -> Tensor:
+        return neighborhood_attention(query, k, v, Neighborhood(3), backend=backend)
+
+    _, tangent = torch.func.jvp(call, (q,), (torch.ones_like(q),))
+    step = 1e-3
+    assert_close(tangent, (call(q + step) - call(q - step)) / (2 * step), within=1e-2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = call(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+    x = q.clone().requires_grad_()
+    assert_close(torch.func.grad(lambda q: call(q).sum())(q), torch.autograd.grad(call(x).sum(), x)[0])
+    with pytest.raises(BackendUnavailable, match=r"torch\.func"):
+        torch.func.jvp(lambda q: call(q, "tiled"), (q,), (q,))
+
+
 def test_lengths_packed_are_separate_calls() -> None:
     lengths = [5, 9, 5, 0, 12]
     q, k, v = qkv(1, sum(lengths), 4, 4, num_kv_heads=2, value_dim=3)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, dtype
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -59,6 +60,21 @@ def scale_or_default(scale: float | None, head_dim: int) -> float:
             "scale is a tensor. Give a number; multiply the query by a learned scale and pass scale=1.0."
         )
     return head_dim**-0.5 if scale is None else scale
+
+
+def no_transform() -> str | None:
+    """Why an operator that is opaque to torch cannot run inside the transform that is on, or None.
+
+    Forward-mode derivatives would silently be zero there: torch does not ask an operator whether it has any.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack):
+        return "it has no derivatives inside torch.func transforms (grad, jvp, hessian ...)."
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivatives."
+    return None
 
 
 def under_autocast(run: Callable[..., T], query: Tensor, *others: Tensor | None) -> T:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfield.core.backend import Choice, Verdict, choose, explain
-from nearfield.ops.checks import check, check_heads, scale_or_default, under_autocast
+from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
 from nearfield.ops.neighborhood import flex, reference, tiled
 from nearfield.ops.neighborhood.decode import neighborhood_attention_decode, visible_slots
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood, _bind
@@ -128,13 +128,13 @@ def _backends(
     """What each backend says to this problem, the best first."""
 
     def ask_flex() -> Verdict:
-        cannot = flex.supports(query, key, value, bound, **options)
+        cannot = no_transform() or flex.supports(query, key, value, bound, **options)
         return Verdict(cannot, "it compiles for seconds per shape, so it runs only when asked for by name.")
 
     return {
         "native": lambda: Verdict("this build has no compiled CPU kernels."),
         "triton": lambda: Verdict("this build has no GPU kernels."),
-        "tiled": lambda: Verdict(tiled.supports(query, key, value, bound, **options)),
+        "tiled": lambda: Verdict(no_transform() or tiled.supports(query, key, value, bound, **options)),
         "reference": Verdict,
         "flex": ask_flex,
     }
