@@ -7,7 +7,6 @@ Names are looked up when they are first used: importing nearfield imports neithe
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -20,6 +19,8 @@ _HOMES = {
     "why": "nearfield.ops.neighborhood",
 }
 
+TYPE_CHECKING = False  # type checkers take this name for true; to import typing would cost more than the rest
+
 __all__ = ["Neighborhood", "create", "load", "neighborhood_attention", "save", "why"]
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from nearfield.store import create, load, save
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'nearfield' has no attribute {name!r}. It offers {', '.join(__all__)}.")
     found = globals()[name] = getattr(import_module(_HOMES[name]), name)

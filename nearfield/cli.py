@@ -284,12 +284,13 @@ def _plan_grid(
         raise typer.BadParameter("--q-tile and --kv-tile belong together.", param_hint="--q-tile")
     sides = grid(tokens)
     tiles = [None if t is None else sizes(t, sides) for t in (tile or q_tile, tile or kv_tile)]
-    window = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
     from nearfield.plan import cost
 
     return cost(
         sides,
-        **{name: sizes(value, sides) for name, value in window.items()},
+        sizes(kernel_size, sides),
+        stride=sizes(stride, sides),
+        dilation=sizes(dilation, sides),
         is_causal=causal,
         q_tile=tiles[0],
         kv_tile=tiles[1],

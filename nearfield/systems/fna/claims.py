@@ -19,7 +19,6 @@ from nearfield.catalog import Result
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
 SEEDS = (0, 1, 2)
-FLAT = "b ... h d -> b h (...) d"
 
 
 def tiles_win(*, full: bool = False) -> Result:
@@ -30,7 +29,7 @@ def tiles_win(*, full: bool = False) -> Result:
         q, k, v = _random(0, (56, 56), num_heads=4, head_dim=32)
         pattern = Neighborhood(size)
         mask = _mask((56, 56), (size, size))
-        calls: dict[str, Callable[[], Tensor]] = {
+        calls: dict[str, Callable[[], Any]] = {
             "tiled": partial(neighborhood_attention, q, k, v, pattern, backend="tiled"),
             "full with mask": partial(_masked, q, k, v, mask),
             "gather": partial(_gathered, q, k, v, size),
@@ -87,7 +86,7 @@ def per_axis(*, full: bool = False) -> Result:
 def beats_dense_on_gpu(*, full: bool = False) -> Result:
     """Forward in float16 on 256 x 256 against torch's own full attention."""
     q, k, v = (x.cuda().half() for x in _random(0, (256, 256), num_heads=24 if full else 8, head_dim=128))
-    dense = partial(F.scaled_dot_product_attention, *(rearrange(x, FLAT) for x in (q, k, v)))
+    dense = partial(F.scaled_dot_product_attention, _flat(q), _flat(k), _flat(v))
     local = partial(neighborhood_attention, q, k, v, Neighborhood(80))
     seconds = {
         "full": timed(dense, "cuda", budget=2.0).seconds,
@@ -121,8 +120,12 @@ def _mask(
     return mask
 
 
+def _flat(x: Float[Tensor, "b *grid h d"]) -> Float[Tensor, "b h n d"]:
+    return rearrange(x, "b ... h d -> b h (...) d")
+
+
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "n n"]) -> Tensor:
-    out = F.scaled_dot_product_attention(*(rearrange(x, FLAT) for x in (q, k, v)), attn_mask=mask)
+    out = F.scaled_dot_product_attention(_flat(q), _flat(k), _flat(v), attn_mask=mask)
     return out.transpose(1, 2).reshape(v.shape)
 
 

@@ -25,15 +25,14 @@ from nearfield.plan import cost
 from nearfield.plan.tiles import flattened
 
 SEEDS = (0, 1, 2)
-FLAT = "b ... h d -> b h (...) d"
 
 
 def stride_is_time(*, full: bool = False) -> Result:
     """HunyuanVideo's grid in float16: aligned stride, stride 1 and full attention."""
     grid, window, heads = (30, 48, 80), (18, 24, 24), 24 if full else 4
     q, k, v = (x.cuda().half() for x in _random(0, grid, num_heads=heads, head_dim=128))
-    calls: dict[str, Callable[[], Tensor]] = {
-        "full": partial(F.scaled_dot_product_attention, *(rearrange(x, FLAT) for x in (q, k, v))),
+    calls: dict[str, Callable[[], object]] = {
+        "full": partial(F.scaled_dot_product_attention, _flat(q), _flat(k), _flat(v)),
         "stride 1": partial(neighborhood_attention, q, k, v, Neighborhood(window)),
         "stride 16 x 8 x 8": partial(
             neighborhood_attention, q, k, v, Neighborhood(window, stride=(16, 8, 8))
@@ -54,7 +53,7 @@ def simulator_predicts(*, full: bool = False) -> Result:
     found: dict[int, list[tuple[float, float]]] = {}
     for seed in SEEDS:
         q, k, v = _random(seed, grid, num_heads=4, head_dim=32)
-        dense = cpu_seconds(partial(F.scaled_dot_product_attention, *(rearrange(x, FLAT) for x in (q, k, v))))
+        dense = cpu_seconds(partial(F.scaled_dot_product_attention, _flat(q), _flat(k), _flat(v)))
         found[seed] = []
         for pattern in _settings(Random(seed), grid, 30 if full else 8):
             predicted = cost(
@@ -77,8 +76,8 @@ def simulator_predicts(*, full: bool = False) -> Result:
 def tiles_not_lines(*, full: bool = False) -> Result:
     """Bounds of both tilings, and both timed by one and the same loop over query tiles on 128 x 128."""
     large, small = Neighborhood(13).on((128, 128)), Neighborhood(7).on((56, 56))
-    tile = {"q_tile": (8, 8), "kv_tile": (8, 8)}
-    large_cost, small_cost = cost(large.grid, 13, **tile), cost(small.grid, 7, **tile)
+    large_cost = cost(large.grid, 13, q_tile=8, kv_tile=8)
+    small_cost = cost(small.grid, 7, q_tile=8, kv_tile=8)
     bounds = {
         "128: 8 x 8": (large_cost.tile_wise_static, 31.0),
         "128: line of 64": (flattened(large, 64, 64), 9.8),
@@ -86,7 +85,7 @@ def tiles_not_lines(*, full: bool = False) -> Result:
         "56: line of 64": (flattened(small, 64, 64), 7.0),
         "56: 8 x 8, from the window": (small_cost.tile_wise_dynamic, 12.3),
     }
-    q, k, v = (rearrange(x, FLAT) for x in _random(0, large.grid, num_heads=4, head_dim=64))
+    q, k, v = (_flat(x) for x in _random(0, large.grid, num_heads=4, head_dim=64))
     some = torch.randperm(256, generator=torch.Generator().manual_seed(0))[: 256 if full else 12]
     seconds = {}
     for name, tokens in {
@@ -130,6 +129,10 @@ def _random(
     draw = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, *grid, num_heads, head_dim, generator=draw) for _ in range(3))
     return q, k, v
+
+
+def _flat(x: Float[Tensor, "b *grid h d"]) -> Float[Tensor, "b h n d"]:
+    return rearrange(x, "b ... h d -> b h (...) d")
 
 
 def _settings(draw: Random, grid: tuple[int, int], count: int) -> list[Neighborhood]:
