@@ -391,6 +391,7 @@ def test_a_compiled_host_inside_and_after(vit, image):
     assert torch.equal(whole(image), plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_scripted_hosts_are_refused():
     class Outer(nn.Module):
         def __init__(self):
@@ -399,3 +400,55 @@ def test_scripted_hosts_are_refused():
 
     with pytest.raises(NotImplementedError, match="'inner' is scripted"), attention(Outer(), nothing):
         pass
+
+
+def test_transformers_models_inside_a_plain_one():
+    transformers = pytest.importorskip("transformers")
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
+            self.text = transformers.LlamaModel(config)
+            self.head = Attention()
+
+        def forward(self, ids):
+            return self.head(self.text(ids).last_hidden_state)
+
+    torch.manual_seed(0)
+    model, ids = Wrapped().eval(), torch.arange(6)[None]
+    alone = model(ids)
+    found = sites(model, ids)
+    assert [(s.name, s.is_causal, s.num_kv_heads) for s in found] == [
+        ("text.layers.0.self_attn", True, 1),
+        ("text.layers.1.self_attn", True, 1),
+        ("head", False, 2),
+    ]
+    with attention(model, nothing):
+        assert torch.equal(model(ids), alone)
+    with attention(model, answer):
+        torch.testing.assert_close(model(ids), alone)
+    assert torch.equal(model(ids), alone)
+    assert [s.name for s in sites(torch.compile(model.text, backend="eager"), ids)] == [
+        "layers.0.self_attn",
+        "layers.1.self_attn",
+    ]
+
+
+def test_a_handler_may_call_compiled_code(vit, image):
+    compiled = torch.compile(lambda x: x.sin() * 2, backend="eager")
+
+    def handler(call):
+        return compiled(call.query)
+
+    with attention(vit, handler):
+        inside = vit(image)
+    with attention(vit, lambda call: call.query.sin() * 2):
+        assert torch.equal(vit(image), inside)

@@ -17,6 +17,10 @@ from tests.test_seam import Vit, answer, nothing, one_thread, state  # noqa: F40
 
 N, DIM, HEADS = 6, 16, 4
 
+pytestmark = pytest.mark.filterwarnings(  # torch's own, of the masks and the packing that hosts really use
+    "ignore:Support for mismatched", "ignore:The PyTorch API of nested tensors"
+)
+
 
 def plan(name, *groups):
     return {name: SitePlan(name, tuple(GroupPlan(heads, pattern) for heads, pattern in groups))}
