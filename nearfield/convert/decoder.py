@@ -25,6 +25,7 @@ from nearfield.measure.sensitivity import SiteDamage, sensitivity
 from nearfield.ops.neighborhood import Neighborhood
 
 HEAD_CHUNK = 512  # positions whose logits are held at once
+SHORTEST = 192  # tokens of a lookup prompt: four keys, a question, and text around them
 LENGTHS = (
     (8, 4),
     (4, 3),
@@ -73,7 +74,11 @@ class Decoder:
             prompt
             for divisor, number in LENGTHS
             for prompt in recall.lookup(
-                stream, tokenizer, tokens=tokens // divisor, num_prompts=number, generator=random
+                stream,
+                tokenizer,
+                tokens=max(tokens // divisor, SHORTEST),
+                num_prompts=number,
+                generator=random,
             )
         ]
         self.generator = torch.Generator().manual_seed(seed)
@@ -115,8 +120,13 @@ class Decoder:
         first = self.tokens // 2
         text_part = slice(0, self.passage.text_end - first)
         added = (reading.losses[text_part].double() - self.before.losses[text_part].double()).mean()
-        answered = [all(reading.right[at - first] for at in answer) for answer in self.passage.answers]
-        return Trial(float(added), sum(answered), reading.seconds)
+        return Trial(float(added), self.answered(reading), reading.seconds)
+
+    def answered(self, reading: Reading | None = None) -> int:
+        """Pass keys that a reading of the passage got right; of the unconverted model if none is given."""
+        reading = reading or self.before
+        first = self.tokens // 2
+        return sum(all(reading.right[at - first] for at in answer) for answer in self.passage.answers)
 
     def _keep(self, reading: Reading) -> None:
         self.before = reading

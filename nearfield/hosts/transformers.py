@@ -127,6 +127,17 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for module, name in names_of(model).items() if is_attention(module)}
 
 
+def sites(model: nn.Module) -> list[Site]:
+    """The attention sites of a transformers model, read off its modules; what only a run shows (grid, prefix
+    tokens) is left at None and 0."""
+    found = []
+    for name, module in attention_modules(model).items():
+        kv_heads = num_kv_heads_of(module)
+        heads = kv_heads * getattr(module, "num_key_value_groups", 1)
+        found.append(Site(name, role_of(module, name), None, 0, is_causal_site(module), heads, kv_heads))
+    return found
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes that a transformers cache takes up now, spare room in its buffers included."""
     require("transformers", extra="hf")
@@ -296,7 +307,9 @@ def _attention_function(
             f"Site {name!r} has a sliding window of {kwargs['sliding_window']} that its config did not show. "
             "Leave it full."
         )
-    return _local(route, site(name, route.grid), layer, query, key, value, attention_mask, scale, host), None
+    place = site(name, route.grid)
+    out = _local(route, place, layer, query, key, value, attention_mask, scale, dropout, host)
+    return out, None
 
 
 def _local(
@@ -308,10 +321,11 @@ def _local(
     value: Tensor,
     mask: Tensor | None,
     scale: float,
+    dropout: float,
     host: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """The output `[B, N, H, Dv]` of a converted site."""
-    from nearfield.hosts.transformers_cache import select, unite
+    from nearfield.hosts.transformers_cache import one_row, select, unite
 
     share = query.shape[1] // key.shape[1]
     if mask is not None and mask.shape[-2] != query.shape[2]:
@@ -319,7 +333,13 @@ def _local(
     reading = _reading(route, site.is_causal, mask)
     if layer is not None and layer.seen > query.shape[2]:
         layer.take()
-        return layer.attend(query, key, value, mask, reading, scale, host)
+
+        def full(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            if query.shape[2] == 1 and not dropout and (mask is None or mask.shape[1] == 1):
+                return one_row(query, key, value, mask, scale)  # reads each key once, not once per query head
+            return host(query, key, value, mask)
+
+        return layer.attend(query, key, value, mask, reading, scale, full)
     padding = None
     if reading is not None and reading.last_hidden >= 0:
         padding = reading.keys.expand(key.shape[0], -1)

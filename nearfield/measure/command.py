@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nearfield.core.errors import require
+from nearfield.data import pictures
 from nearfield.data.text import documents
 from nearfield.hosts import packaged
 from nearfield.measure.locality import Locality, measure
@@ -19,12 +18,6 @@ from nearfield.measure.statistics import Rows, Window
 
 TOKENS = 1024
 CHARACTERS_A_TOKEN = 16  # more than any tokenizer's average, so that a cut of the text is long enough
-PICTURES = (  # real pictures that packages carry
-    ("skimage", "data/astronaut.png"),
-    ("sklearn", "datasets/images/china.jpg"),
-    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
-)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, which nearly all picture encoders assume
 
 
 def run(
@@ -104,39 +97,6 @@ def token_ids(tokenizer: Any, config: Any, tokens: int | None, text: str | None)
             "Give a longer one, or fewer --tokens."
         )
     return ids
-
-
-def picture(image: str | Path | None, size: int | Sequence[int]) -> Tensor:
-    """`[1, 3, height, width]`: a picture scaled and cut in the middle to `size`, normalised for ImageNet."""
-    Image = require("PIL.Image", package="pillow")
-    numpy = require("numpy", package="numpy")
-    height, width = (size, size) if isinstance(size, int) else size
-    path = Path(image) if image is not None else _shipped_picture()
-    try:
-        with Image.open(path) as opened:
-            found = opened.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a picture ({error}). Give --image a PNG or JPEG file."
-        ) from None
-    scale = max(width / found.width, height / found.height)
-    found = found.resize((max(width, round(found.width * scale)), max(height, round(found.height * scale))))
-    left, top = (found.width - width) // 2, (found.height - height) // 2
-    found = found.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(numpy.array(found)).permute(2, 0, 1) / 255
-    return ((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
-
-
-def _shipped_picture() -> Path:
-    for package, inside in PICTURES:
-        spec = find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            if (path := Path(folder) / inside).is_file():
-                return path
-    raise ValueError(
-        "The model looks at pictures and no installed package carries one. Give --image FILE, or pip install "
-        "scikit-image."
-    )
 
 
 def _refuse(kind: str, **options: Any) -> None:

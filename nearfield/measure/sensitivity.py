@@ -30,6 +30,7 @@ class SiteDamage:
     count; `recall` the same on the rows that answer questions (zeros where none were named)."""
 
     site: Site
+    head_dim: int
     candidates: tuple[Neighborhood, ...]
     damage: Float[Tensor, "kv_heads candidates"]
     recall: Float[Tensor, "kv_heads candidates"]
@@ -129,7 +130,7 @@ class _Watch:
             span = range(min(self.answer_rows), max(self.answer_rows) + 1)
             moved, mass, _ = _moved(call, out, gradient, patterns, span, self.needle)
             recall += moved
-        return SiteDamage(site, patterns, text / 2, recall / 2, mass, distance)
+        return SiteDamage(site, call.query.shape[-1], patterns, text / 2, recall / 2, mass, distance)
 
 
 def _moved(

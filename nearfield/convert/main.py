@@ -1,0 +1,314 @@
+"""`nearfield convert`: measure every attention site, plan within a quality budget, swap, compare, save.
+
+The plan is made on a calibration passage (text that hides pass keys), tried there, and judged on text and lookup
+prompts that it never saw. A plan that is judged over the budget is tightened and judged again; how often is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import log1p
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nearfield.convert.decoder import Decoder, Judged, Judgement, Trial, judge
+from nearfield.convert.report import Conversion, EncoderConversion, Planned, Point
+from nearfield.convert.search import Planner, planner_of
+from nearfield.convert.store import save
+from nearfield.convert.swap import NUM_SINKS, attention_sites, convert, default_pattern, positions
+from nearfield.hosts import packaged
+from nearfield.ops.neighborhood import Neighborhood
+from nearfield.plan.pattern import SitePlan, plan_from_json, read_json
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
+TRIALS = 3  # real runs on the calibration passage before the judgement
+JUDGEMENTS = 4  # of ever more careful plans, before giving up
+AIM = 0.6  # share of the budget that a plan is to use on the calibration passage: held-out text differs
+LEAST_TOKENS = 512  # below, prompts of an eighth of that leave no text around their keys
+RECALL_WEIGHT = 0.1  # nats of text loss that a nat of answer loss counts for, at first
+
+Tell = Callable[[str, float, float], None]
+
+
+def run(
+    model: str | None = None,
+    *,
+    to: str = "auto",
+    budget: str | float = "1%",
+    text: str | None = None,
+    tokens: int | None = None,
+    out: str | Path | None = None,
+    quick: bool = False,
+    kernel_size: int | tuple[int, ...] | None = None,
+    seed: int = 0,
+    progress: Tell | None = None,
+) -> Conversion | EncoderConversion:
+    """The main job: MODEL made local within `budget`, and what that changed.
+
+    `to` is "auto", "neighborhood" (one pattern of `kernel_size` everywhere) or a plan's JSON file; `budget` the
+    largest relative rise of perplexity (for encoders: mean 1 - cosine of features). `out`, if given, receives
+    the converted model, report.json and report.html.
+    """
+    share = _share(budget)
+    tell = progress or (lambda what, done, total: None)
+    if out is not None:
+        _check_out(Path(out))
+    tell("load the model", 0, 1)
+    opened = _open(model or DEFAULT_MODEL)
+    tell("load the model", 1, 1)
+    if opened.kind != "decoder":
+        from nearfield.convert.encoder import run as run_encoder
+
+        found = run_encoder(
+            opened,
+            to=to,
+            budget=share,
+            text=text,
+            tokens=tokens,
+            quick=quick,
+            kernel_size=kernel_size,
+            tell=tell,
+        )
+    else:
+        job = _Job(opened, text or "python", _tokens(opened.model, tokens, quick), share, quick, seed, tell)
+        found = job.run(to, kernel_size)
+    if out is not None:
+        _write(found, opened, Path(out), tell)
+    return found
+
+
+def plan_only(
+    model: str,
+    *,
+    budget: str | float = "1%",
+    text: str | None = None,
+    tokens: int | None = None,
+    progress: Tell | None = None,
+) -> Planned:
+    """The plan that `run` would take, from predictions alone: nothing is converted or judged."""
+    tell = progress or (lambda what, done, total: None)
+    tell("load the model", 0, 1)
+    opened = _open(model)
+    tell("load the model", 1, 1)
+    if opened.kind != "decoder":
+        raise NotImplementedError(
+            f"Planning for a {opened.kind} without converting it. `nearfield convert {model}` plans and shows it."
+        )
+    share = _share(budget)
+    job = _Job(opened, text or "python", _tokens(opened.model, tokens, False), share, False, 0, tell)
+    planner = job.planner()
+    plan, choice = planner.choose(AIM * log1p(share))
+    return Planned(opened.name, job.task.tokens, share, plan, planner, choice)
+
+
+@dataclass
+class _Job:
+    """The main job on one decoder."""
+
+    opened: packaged.Packaged
+    text: str
+    tokens: int
+    budget: float
+    quick: bool
+    seed: int
+    tell: Tell
+    task: Decoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tell("read the text", 0, 1)
+        self.task = Decoder(self.model, self.opened.processor, self.text, self.tokens, seed=self.seed)
+        self.tell("read the text", 1, 1)
+        self.trials, self.predicted = 0, 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        return self.opened.model
+
+    def planner(self) -> Planner:
+        """Damage predicted per site and group, seconds measured per pattern."""
+        name = "measure attention (one forward, one backward)"
+        damages = self.task.damages(lambda done, total: self.tell(name, done, total))
+        return planner_of(damages, self.tokens, self.tell, RECALL_WEIGHT)
+
+    def run(self, to: str, kernel_size: int | tuple[int, ...] | None) -> Conversion:
+        planner = None
+        if to == "neighborhood":
+            plan = self._everywhere(kernel_size)
+        elif to == "auto":
+            planner = self.planner()
+            plan, _ = planner.choose(AIM * log1p(self.budget))
+            plan = self._tried(planner, plan)
+        else:
+            plan = _read_plan(Path(to))
+        judgement, before = self._judge(plan, None)
+        judgements = 1
+        while planner is not None and not judgement.holds(self.budget) and judgements < JUDGEMENTS:
+            plan = self._tightened(planner, judgement)
+            judgement, before = self._judge(plan, before)
+            judgements += 1
+        points = self._controls(planner, plan, judgement) if planner is not None else []
+        report = convert(self.model, plan)
+        return Conversion(
+            model=self.opened.name,
+            kind="decoder",
+            text=self.text,
+            tokens=self.tokens,
+            budget=self.budget,
+            judgement=judgement,
+            judgements=judgements,
+            plan=plan,
+            planner=planner,
+            points=points,
+            quick=self.quick,
+            report=report,
+        )
+
+    def _everywhere(self, kernel_size: int | tuple[int, ...] | None) -> dict[str, SitePlan]:
+        return {
+            site.name: SitePlan.uniform(site.name, site.num_kv_heads, default_pattern(site, kernel_size))
+            for site in attention_sites(self.model)
+        }
+
+    def _try(self, plan: Mapping[str, SitePlan]) -> Trial:
+        report = convert(self.model, plan)
+        try:
+            return self.task.trial()
+        finally:
+            report.restore()
+            self.trials += 1
+            self.tell("try plans", self.trials, max(self.trials, TRIALS))
+
+    def _tried(self, planner: Planner, plan: dict[str, SitePlan]) -> dict[str, SitePlan]:
+        """The fastest plan that held in up to `TRIALS` real runs on the calibration passage."""
+        limit = log1p(self.budget)
+        right_before = self.task.answered()
+        budget, held = AIM * limit, None
+        for _ in range(TRIALS):
+            trial = self._try(plan)
+            if trial.answered < right_before:
+                planner.recall_weight *= 4
+            share = trial.added / limit
+            if share <= AIM * 1.15 and trial.answered >= right_before:
+                held = plan
+                if share >= AIM * 0.75:
+                    break
+            # steps of at most three: the damage of many groups together does not add up exactly
+            budget *= min(max(AIM * limit / max(trial.added, 1e-6), 1 / 3), 3.0)
+            plan, _ = planner.choose(budget)
+        self.predicted = budget
+        return held or plan
+
+    def _tightened(self, planner: Planner, judgement: Judgement) -> dict[str, SitePlan]:
+        over = max(log1p(max(judgement.perplexity.high, 0.0)) / log1p(self.budget), 1.0)
+        self.predicted *= 0.8 / over
+        if not judgement.recall.kept:
+            planner.recall_weight *= 4
+        return planner.choose(self.predicted)[0]
+
+    def _judge(self, plan: Mapping[str, SitePlan], known: Judged | None) -> tuple[Judgement, Judged]:
+        holder: list[Any] = []
+
+        def converted(on: bool) -> None:
+            if on and not holder:
+                holder.append(convert(self.model, plan))
+            elif not on and holder:
+                holder.pop().restore()
+
+        try:
+            return judge(
+                self.task,
+                converted,
+                known=known,
+                progress=lambda done, total: self.tell("judge on held-out text and prompts", done, total),
+            )
+        finally:
+            converted(False)
+
+    def _controls(self, planner: Planner, plan: dict[str, SitePlan], judgement: Judgement) -> list[Point]:
+        """Other ways to spend the same kind of money, each run on the calibration passage."""
+        wide = Neighborhood(self.tokens // 4, is_causal=True, num_sinks=NUM_SINKS)
+        narrow = Neighborhood(self.tokens // 8, is_causal=True, num_sinks=NUM_SINKS)
+        kept = sum(
+            plan[d.site.name].pattern_of(group) is None
+            for d in planner.damages
+            for group in range(d.site.num_kv_heads)
+        )
+        tries = {
+            "the plan": ("plan", plan),
+            f"uniform {wide.kernel_size}": ("uniform", planner.uniform(wide)),
+            f"uniform {narrow.kernel_size}": ("uniform", planner.uniform(narrow)),
+        }
+        for by in ("random", "needle", "sensitivity"):
+            order = planner.ranked(by, narrow, seed=self.seed)[: max(kept, 1)]
+            tries[f"{max(kept, 1)} {by} groups full, rest {narrow.kernel_size}"] = (
+                by,
+                planner.keeping(order, narrow),
+            )
+        found = []
+        for at, (name, (kind, tried)) in enumerate(tries.items()):
+            trial = self._try(tried)
+            found.append(Point(name, kind, trial.added, trial.answered, trial.seconds))
+            self.tell("controls", at + 1, len(tries))
+        return [Point("full attention", "full", 0.0, self.task.answered(), self.task.before.seconds), *found]
+
+
+def _share(budget: str | float) -> float:
+    """A budget such as "1%" or 0.01 as a number."""
+    text = str(budget).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise ValueError(f"budget={budget!r} is no share of quality. Give one such as 1% or 0.01.")
+    return share
+
+
+def _tokens(model: nn.Module, tokens: int | None, quick: bool) -> int:
+    most = positions(model)
+    wanted = tokens or min(QUICK_TOKENS if quick else DEFAULT_TOKENS, most or DEFAULT_TOKENS)
+    if wanted < LEAST_TOKENS or (most is not None and wanted > most):
+        limit = f"{LEAST_TOKENS:,} to {most:,}" if most is not None else f"at least {LEAST_TOKENS:,}"
+        raise ValueError(f"--tokens {wanted:,} is outside what can be judged with this model: {limit}.")
+    return wanted
+
+
+def _open(model: str) -> packaged.Packaged:
+    """A packaged model by name, or one at a path or in the hub's local cache."""
+    if model in packaged.names():
+        return packaged.load(model)
+    return packaged.open_local(model)
+
+
+def _read_plan(path: Path) -> dict[str, SitePlan]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no plan {path}. Give auto, neighborhood, or the .json file of a plan."
+        )
+    data = read_json(path.read_bytes())
+    return plan_from_json(data["plan"] if isinstance(data, dict) and "plan" in data else data)
+
+
+def _check_out(out: Path) -> None:
+    """Refuses before the work, not after it, a folder that could not be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} is there and not empty. Choose a new folder for --out, or empty this one."
+        )
+
+
+def _write(found: Conversion | EncoderConversion, opened: packaged.Packaged, out: Path, tell: Tell) -> None:
+    from nearfield.convert.page import encoder_page, page
+
+    tell("write the folder", 0, 1)
+    extra = {
+        "report.json": found.text_json(),
+        "report.html": page(found) if isinstance(found, Conversion) else encoder_page(found),
+    }
+    save(opened.model, out, tokenizer=opened.processor, extra=extra)
+    found.folder = out
+    tell("write the folder", 1, 1)

@@ -1,0 +1,241 @@
+"""report.html: one self-contained page, pictures inside, no scripts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from math import expm1, log2
+from typing import Any
+
+from nearfield.convert.report import Conversion, EncoderConversion, word_of
+from nearfield.core.errors import require
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2126 }
+h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem; text-align: right }
+th:first-child, td:first-child { text-align: left } tr + tr td, th { border-bottom: 1px solid #d8dde2 }
+img { max-width: 100% } .good { color: #0b6b3a } .bad { color: #a32020 } .note { color: #56616b }
+.scroll { max-height: 28rem; overflow: auto }
+"""
+MARKS = {  # kind of point -> marker, colour (Okabe and Ito: told apart without colour vision)
+    "full": ("s", "#000000"),
+    "plan": ("*", "#D55E00"),
+    "uniform": ("o", "#0072B2"),
+    "random": ("x", "#999999"),
+    "needle": ("^", "#009E73"),
+    "sensitivity": ("D", "#CC79A7"),
+}
+
+
+def page(found: Conversion) -> str:
+    """The report as one HTML document. Without matplotlib its pictures are left out, and it says so."""
+    judged, (before, after) = found.judgement, found.seconds
+    ppl, recall = judged.perplexity, judged.recall
+    rows = [
+        (
+            f"Perplexity, last half of {len(ppl.slices)} held-out slices of {found.tokens:,} tokens",
+            f"{ppl.before:.3f}",
+            f"{ppl.after:.3f}",
+            f"{ppl.mean:+.2%} ({ppl.low:+.2%} … {ppl.high:+.2%}), worst {ppl.worst:+.2%}",
+        ),
+        (
+            f"Retrieval, {recall.count} four-key questions",
+            f"{recall.before:.1%}",
+            f"{recall.after:.1%}",
+            f"{recall.after - recall.before:+.1%} ({recall.low:+.1%} … {recall.high:+.1%})",
+        ),
+        ("Prefill, median seconds", f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f} × faster"),
+        (
+            "KV cache, MB",
+            f"{judged.cache_before / 1e6:.0f}",
+            f"{judged.cache_after / 1e6:.0f}",
+            f"{judged.cache_before / max(judged.cache_after, 1):.2f} × smaller",
+        ),
+        (
+            "Decoding, tokens a second",
+            f"{judged.rate_before:.1f}",
+            f"{judged.rate_after:.1f}",
+            f"{judged.rate_after / judged.rate_before:.2f} ×",
+        ),
+    ]
+    parts = [
+        f"<h1>{escape(found.model)} made local</h1>",
+        f'<p class="note">{found.tokens:,} tokens of {escape(found.text)} text; {escape(_where(found))}</p>',
+        _verdict(found),
+        _table(("", "before", "after", "change (95 % interval)"), rows),
+    ]
+    if found.planner is not None:
+        try:
+            parts += _pictures(found)
+        except ImportError as error:
+            parts.append(f'<p class="note">Pictures are left out. {escape(str(error))}</p>')
+        controls = [
+            (p.name, f"{p.seconds:.2f}", f"{expm1(p.added):+.2%}", str(p.answered)) for p in found.points
+        ]
+        parts += [
+            "<h2>Other plans, one run each on the calibration passage</h2>",
+            _table(("plan", "prefill, s", "perplexity", "pass keys found"), controls),
+        ]
+    words = "1024+4 is a causal window of 1,024 tokens and the first 4; full is full attention."
+    return _document(found.model, [*parts, *_patterns(found, words)])
+
+
+def encoder_page(found: EncoderConversion) -> str:
+    """The report of an encoder as one HTML document."""
+    before, after = found.seconds
+    change = found.change
+    rows = [
+        ("Features turned, mean 1 - cosine", f"{change.mean:.4%} ({change.low:.4%} … {change.high:.4%})"),
+        ("Worst input", f"{change.worst:.4%}"),
+        ("Tokens whose nearest neighbour stayed", f"{change.same_neighbour:.1%}"),
+        ("Forward, median seconds", f"{before:.3f} → {after:.3f} ({before / after:.2f} ×)"),
+    ]
+    parts = [
+        f"<h1>{escape(found.model)} made local</h1>",
+        f'<p class="note">{found.tokens:,} tokens of {escape(found.inputs)}; {escape(_where(found))}</p>',
+        _verdict(found),
+        _table(("", "found (95 % interval)"), rows),
+    ]
+    return _document(
+        found.model, [*parts, *_patterns(found, "9 is a window of 9 tokens a side; full is full attention.")]
+    )
+
+
+def _verdict(found: Conversion | EncoderConversion) -> str:
+    if found.holds:
+        return f'<p class="good">Within the budget of {found.budget:.1%}: the upper end of the interval counts.</p>'
+    return f'<p class="bad">Not within the budget of {found.budget:.1%}.</p>'
+
+
+def _patterns(found: Conversion | EncoderConversion, words: str) -> list[str]:
+    rows = [
+        (site.name, *(word_of(site.pattern_of(head)) for head in range(site.num_kv_heads)))
+        for site in found.plan.values()
+    ]
+    heads = max((len(row) for row in rows), default=1) - 1
+    return [
+        "<h2>Pattern by site and key/value head</h2>",
+        f'<p class="note">{words}</p>',
+        '<div class="scroll">',
+        _table(("site", *(f"head {i}" for i in range(heads))), rows),
+        "</div>",
+    ]
+
+
+def _document(title: str, parts: list[str]) -> str:
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)} made local</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _where(found: Conversion | EncoderConversion) -> str:
+    machine = found.machine
+    return (
+        f"{machine['machine']}, {machine['threads']} threads, torch {machine['versions']['torch']}, float32"
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(tag: str, cells: tuple[str, ...]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def _pictures(found: Conversion) -> list[str]:
+    shown = [
+        ("Quality against time", frontier(found), "Each mark is one run on the calibration passage."),
+        (
+            "What each head looked at, and what it got",
+            heat(found),
+            "Left: mean attention distance before. Right: the pattern chosen per key/value head.",
+        ),
+    ]
+    parts = []
+    for title, figure, words in shown:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts += [
+            f"<h2>{title}</h2>",
+            f'<img alt="{title}" src="data:image/png;base64,{data}">',
+            f'<p class="note">{words}</p>',
+        ]
+    return parts
+
+
+def frontier(found: Conversion) -> Any:
+    """A matplotlib figure: prefill seconds against added perplexity of the plan and of the controls."""
+    require("matplotlib", extra="plot")
+    figure_module = require("matplotlib.figure", extra="plot")
+    figure = figure_module.Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for point in found.points:
+        marker, colour = MARKS[point.kind]
+        change = 100 * expm1(point.added)
+        axes.scatter(
+            point.seconds,
+            change,
+            marker=marker,
+            color=colour,
+            s=150 if point.kind == "plan" else 60,
+            zorder=3,
+        )
+        axes.annotate(
+            f"{point.name}, {point.answered} keys",
+            (point.seconds, change),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.axhline(100 * found.budget, color="#555555", linewidth=1, linestyle="--")
+    axes.text(
+        0.995,
+        100 * found.budget,
+        "budget",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        transform=axes.get_yaxis_transform(),
+    )
+    axes.margins(x=0.22, y=0.15)
+    axes.set_xlabel("prefill, seconds")
+    axes.set_ylabel("added perplexity, %")
+    axes.grid(color="#e4e7ea", zorder=0)
+    return figure
+
+
+def heat(found: Conversion) -> Any:
+    """A matplotlib figure: mean attention distance by layer and head, and the window of each layer and group."""
+    matplotlib = require("matplotlib", extra="plot")
+    figure_module = require("matplotlib.figure", extra="plot")
+    assert found.planner is not None
+    damages = found.planner.damages
+    distances = [damage.distance.tolist() for damage in damages]
+    widths = []
+    for damage in damages:
+        site = found.plan[damage.site.name]
+        row = []
+        for head in range(site.num_kv_heads):
+            pattern = site.pattern_of(head)
+            size = found.tokens if pattern is None else pattern.kernel_size
+            row.append(log2(size if isinstance(size, int) else max(size)))
+        widths.append(row)
+    figure = figure_module.Figure(figsize=(9, 1.4 + 0.19 * len(damages)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+    image = left.imshow(distances, aspect="auto", cmap="viridis", interpolation="nearest")
+    left.set(title="mean attention distance before", xlabel="query head", ylabel="layer")
+    figure.colorbar(image, ax=left, label="tokens")
+    top = round(log2(found.tokens))
+    image = right.imshow(
+        widths, aspect="auto", cmap=matplotlib.colormaps["cividis"], vmin=6, vmax=top, interpolation="nearest"
+    )
+    right.set(title="window after", xlabel="key/value head")
+    right.set_xticks(range(len(widths[0])))
+    bar = figure.colorbar(image, ax=right, ticks=range(6, top + 1))
+    bar.ax.set_yticklabels([f"{2**i:,}" for i in range(6, top)] + ["full"])
+    return figure
