@@ -14,9 +14,9 @@ _HOMES = {
     "Neighborhood": "nearfield.ops.neighborhood.geometry",
     "create": "nearfield.store",
     "load": "nearfield.store",
-    "neighborhood_attention": "nearfield.ops.neighborhood",
+    "neighborhood_attention": "nearfield.ops.neighborhood.attention",
     "save": "nearfield.store",
-    "why": "nearfield.ops.neighborhood",
+    "why": "nearfield.ops.neighborhood.attention",
 }
 
 TYPE_CHECKING = False  # type checkers take this name for true; to import typing would cost more than the rest

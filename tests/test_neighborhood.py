@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import nearfield.ops.neighborhood as family
+import nearfield.ops.neighborhood.attention as family
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import (

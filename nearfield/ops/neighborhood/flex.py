@@ -1,7 +1,7 @@
 """Neighborhood attention by torch's compiled FlexAttention: the first call of a shape compiles for seconds.
 
-On a CPU FlexAttention gives no log-sum-exp and no gradients. There one key more, of a known logit and with its
-own value channel, is shown to every query: the share of the softmax that it takes tells the log-sum-exp.
+On a CPU FlexAttention gives no log-sum-exp and no gradients. There one key more, of a known logit and with
+its own value channel, is shown to every query: the share of the softmax that it takes tells the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def supports(
     if bound.pattern.border == "pad":
         return 'FlexAttention has no keys outside the grid, so border="pad" cannot run.'
     if bound.pattern.num_sinks and key_mask is not None:
-        return "FlexAttention masks are built once per geometry, but with key_mask the sinks differ by row."
+        return "FlexAttention's mask is built once per geometry, but with key_mask the sinks differ by row."
     if query.dtype == torch.float64:
         return "FlexAttention has no float64."
     if min(query.shape[-1], value.shape[-1]) < 16:
@@ -64,7 +64,7 @@ def attend(
     reason = supports(query, key, value, bound, key_mask=key_mask, sink_logits=sink_logits, **more)
     if reason is not None:
         raise BackendUnavailable(reason)
-    places, (batch, num_heads) = query.shape[1:-2], (query.shape[0], query.shape[-2])
+    places, batch = query.shape[1:-2], query.shape[0]
     q, k, v = (x.flatten(1, -3) for x in (query, key, value))
     known = None
     if query.device.type == "cpu":
@@ -78,7 +78,7 @@ def attend(
         k = F.pad(k, (0, 0, 0, 0, 1, 0))
         v = torch.cat([channel.expand(batch, 1, v.shape[2], -1), v], 1)
     extra = k.shape[1] - bound.num_keys
-    run = _compiled(bound, extra, known is not None, bias is not None, key_mask is not None, query.device)
+    run = _compiled(bound, extra, (known is None, bias is None, key_mask is None), query.device)
     mask = _block_mask(bound, extra, query.device)
     hidden = None if key_mask is None else F.pad(key_mask.flatten(1), (extra, 0), value=True)
     table = None if bias is None else bias.float().flatten(1)
@@ -101,7 +101,7 @@ def attend(
 
 
 def _known_logits(query: Tensor, key: Tensor, sink_logits: Tensor | None, scale: float) -> Tensor:
-    """[B, H, M]: the sink logits, or the score of each query with the key at its own place: near the largest."""
+    """[B, H, M]: the sink logits, or the score of each query with its own key, which is near the largest."""
     batch, rows, num_heads, _ = query.shape
     if sink_logits is not None:
         return sink_logits.float()[None, :, None].expand(batch, -1, rows).contiguous()
@@ -111,9 +111,9 @@ def _known_logits(query: Tensor, key: Tensor, sink_logits: Tensor | None, scale:
 
 @lru_cache(maxsize=64)
 def _compiled(
-    bound: Bound, extra: int, has_known: bool, has_bias: bool, has_mask: bool, device: torch.device
+    bound: Bound, extra: int, given: tuple[bool, ...], device: torch.device
 ) -> Callable[..., Any]:
-    """FlexAttention compiled for one geometry; each has its own code object, so none exhausts another's cache."""
+    """FlexAttention compiled for one geometry, as a code object of its own: torch caches few shapes for each."""
     axes, sinks = bound.axes, bound.pattern.num_sinks
 
     def run(
@@ -127,10 +127,10 @@ def _compiled(
         known: Tensor | None,
     ) -> Any:
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            if has_bias:
-                places = zip(axes, bound.coordinates(q + bound.offset), bound.coordinates(k - extra), strict=True)
-                index, near = 0, k >= extra
-                for axis, i, j in places:
+            if table is not None:
+                row, column = bound.coordinates(q + bound.offset), bound.coordinates(k - extra)
+                index, near = torch.zeros_like(k), k >= extra
+                for axis, i, j in zip(axes, row, column, strict=True):
                     span = 2 * axis.kernel_size - 1
                     offset = j // axis.dilation - i // axis.dilation + axis.kernel_size - 1
                     if sinks:
@@ -139,13 +139,13 @@ def _compiled(
                         near = near & (i % axis.dilation == j % axis.dilation) & (start <= at) & (at < end)
                     index = index * span + offset.clamp(0, span - 1)
                 score = score + torch.where(near, table[h, index], 0.0)
-            if has_mask:
+            if hidden is not None:
                 score = torch.where(hidden[b, k], score, -float("inf"))
-            if has_known:
+            if known is not None:
                 score = torch.where(k == 0, known[b, h, q], score)
             return score
 
-        plain = not (has_bias or has_mask or has_known)
+        plain = table is None and hidden is None and known is None
         return flex_attention(
             query,
             key,
@@ -154,7 +154,7 @@ def _compiled(
             block_mask=block_mask,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-            return_aux=AuxRequest(lse=not has_known),
+            return_aux=AuxRequest(lse=known is None),
         )
 
     own = FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
@@ -171,13 +171,12 @@ def _block_mask(bound: Bound, extra: int, device: torch.device) -> BlockMask:
         return window(b, h, q, k - extra) | (k < extra) if extra else window(b, h, q, k)
 
     key = torch.arange(keys, device=device)
-    some, whole = [], []
+    rows: list[tuple[Tensor, Tensor]] = []
     for low in range(0, bound.num_queries, BLOCK):
         query = torch.arange(low, min(low + BLOCK, bound.num_queries), device=device)[:, None]
         seen = visible(None, None, query, key)
-        some.append(_blocks(seen.any(0), False).any(-1))
-        whole.append(_blocks(seen.all(0), False).all(-1) & (len(query) == BLOCK))
-    some, whole = torch.stack(some), torch.stack(whole)
+        rows.append((_blocks(seen.any(0)).any(-1), _blocks(seen.all(0)).all(-1) & (len(query) == BLOCK)))
+    some, whole = (torch.stack(part) for part in zip(*rows, strict=True))
     return BlockMask.from_kv_blocks(
         *_listed(some & ~whole),
         *_listed(whole),
@@ -187,8 +186,8 @@ def _block_mask(bound: Bound, extra: int, device: torch.device) -> BlockMask:
     )
 
 
-def _blocks(row: Tensor, fill: bool) -> Tensor:
-    return F.pad(row, (0, -len(row) % BLOCK), value=fill).unflatten(0, (-1, BLOCK))
+def _blocks(row: Tensor) -> Tensor:
+    return F.pad(row, (0, -len(row) % BLOCK), value=False).unflatten(0, (-1, BLOCK))
 
 
 def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:

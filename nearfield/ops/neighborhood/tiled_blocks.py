@@ -31,7 +31,7 @@ def block_forward(
     """`(out, lse)` of [n, h, r, d] queries on [n, h, c, d] keys; `mask` is added to the scores.
 
     `is_causal` shows row i the keys 0..i: aligned at the first key, whatever the lengths. The log-sum-exp of a
-    row whose mask is all -inf is not defined here; `hidden_rows` finds them.
+    row whose mask is all -inf is undefined; `hidden_rows` finds them.
     """
     if query.device.type == "cpu":
         out, lse = FUSED(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)

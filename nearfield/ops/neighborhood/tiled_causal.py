@@ -1,9 +1,9 @@
 """The sliding causal window over a text, the pattern that language models convert to.
 
-Three kinds of rows. The first `window + sinks` rows see all that is before them: plain causal attention. From
-there on runs of SPAN queries share all keys of their windows but the two ragged ends, so the shared middle needs
-no mask and no copy (a strided view), and the ends, with the sinks, are gathered for STEP queries at a time. A
-window too short for a middle, and the rows left over, go in tiles of STEP queries under one mask.
+The first `window + sinks` rows see all that is before them: plain causal attention. From there on runs of SPAN
+queries share all keys of their windows but the two ragged ends, so the shared middle needs no mask and no copy
+(a strided view), and the ends, with the sinks, are gathered for STEP queries at a time. Where the window is too
+short for a middle, tiles of STEP queries under one mask do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 21  # query rows that are worked on together
 
 @dataclass(frozen=True)
 class Piece:
-    """Equal tiles of queries, each with its keys: everything a `step` of tokens further on from tile to tile."""
+    """Equal tiles of queries, each with its keys; from tile to tile everything is a `step` further on."""
 
     tiles: int
     row: int  # first query of the first tile, as a token
@@ -174,7 +174,7 @@ def _add_keys(total: Tensor, piece: Piece, part: Tensor) -> None:
 
 
 def _fold(piece: Piece, rows: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Four dimensions for the kernel: the heads of a group stacked as rows, or for a causal piece side by side."""
+    """For the kernel: the heads of a group stacked as rows, or side by side if the piece is causal."""
     if piece.is_causal:
         return rows[0].permute(1, 2, 0, 3), *(
             x[0].unsqueeze(1).expand(-1, rows.shape[3], -1, -1) for x in keys

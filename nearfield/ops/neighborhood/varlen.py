@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfield.ops.checks import check
+from nearfield.ops.neighborhood.attention import neighborhood_attention
 from nearfield.ops.neighborhood.geometry import Neighborhood
 
 
@@ -79,8 +80,6 @@ def neighborhood_attention_varlen(
     sequence; sinks are counted in each sequence anew. Sequences of one size run as one batch. Lengths in a
     tensor are read back to the host: give a list where the call is traced or must not wait for a GPU.
     """
-    from nearfield.ops.neighborhood import neighborhood_attention  # imports this file
-
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 1) or x.shape[:-2] != query.shape[:-2]:
             raise ValueError(
