@@ -320,7 +320,19 @@ def test_open_local(tiny):
     found = packaged.open_local(tiny)
     assert (found.kind, found.name) == ("decoder", tiny.name)
     assert found.processor("a b c").input_ids == [0, 1, 2]
+    assert packaged.open_local(f"{tiny}/../{tiny.name}/").name == tiny.name
     assert found.model(torch.tensor([[0, 1]])).logits.shape == (1, 2, 32)
+
+
+def test_open_local_finds_hub_names_in_the_cache(tiny, monkeypatch):
+    import huggingface_hub
+
+    def cached(name, *, local_files_only):
+        assert local_files_only
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    assert packaged.open_local("someone/tiny").name == "someone/tiny"
 
 
 def test_open_local_refuses(tiny, tmp_path):
@@ -330,6 +342,8 @@ def test_open_local_refuses(tiny, tmp_path):
 
     with pytest.raises(ValueError, match="no file or folder"):
         packaged.open_local(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="`hf download nobody/nothing`"):
+        packaged.open_local("nobody/nothing")
     cut = copy("cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

@@ -98,12 +98,14 @@ def load(name: str) -> Packaged:
 
 
 def open_local(path: str | Path) -> Packaged:
-    """The model of a folder (config.json and safetensors) or of a GGUF file, after its headers were checked.
+    """The model of a folder (config.json and safetensors), a GGUF file, or a hub name on this machine.
 
-    Weights in pickles are refused, and code that a model brings along is never run.
+    Headers are checked first; weights in pickles are refused, and code that a model brings is never run.
+    A hub name is looked up in the hub's cache only: nothing is downloaded.
     """
     transformers = require("transformers", extra="hf")
-    path = check_model(path)
+    given = str(path)
+    path = check_model(_cached(given) or path)
     gguf = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf")) if path.is_dir() else []
     if not gguf and not path.is_dir():
         raise ValueError(f"{path.name} is no whole model. Give its folder, or a GGUF file.")
@@ -127,10 +129,14 @@ def open_local(path: str | Path) -> Packaged:
                 processor = transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever a foreign parser raises, the reader gets one sentence
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be opened as a model: {first}") from error
+        raise ValueError(f"{given!r} cannot be opened as a model: {first}") from error
     # Read from GGUF the weights are plain float32 now, and a copy that is saved is no GGUF.
-    vars(model.config).pop("quantization_config", None)
-    return Packaged(path.stem if path.is_file() else path.name, kind, model.eval(), processor, path)
+    if "gguf_file" in options:
+        vars(model.config).pop("quantization_config", None)
+        for note in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(note, None)
+    name = path.stem if path.is_file() else path.resolve().name if Path(given).exists() else given
+    return Packaged(name, kind, model.eval(), processor, path)
 
 
 @contextmanager
@@ -153,6 +159,20 @@ def quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
         logging.set_verbosity(level)
+
+
+def _cached(name: str) -> Path | None:
+    """The folder in the hub's cache of a name such as "HuggingFaceTB/SmolLM2-360M"; None for paths."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or ".." in name:
+        return None
+    hub = require("huggingface_hub", extra="hf")
+    try:
+        return Path(hub.snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{name!r} is neither a path nor a hub model on this machine. Give a folder, a GGUF file, one of "
+            f"{', '.join(NAMES)}, or a hub name after `hf download {name}`."
+        ) from None
 
 
 def _gguf_module() -> Any:
