@@ -44,9 +44,15 @@ def test_public_names_resolve_and_a_wrong_one_names_the_right_ones():
         nearfield.neighbourhood_attention
 
 
-@pytest.mark.parametrize("module", ["nearfield.catalog", "nearfield.cli", "nearfield.systems"])
-def test_cards_and_the_command_need_no_torch(python, module):
-    done = python("-c", f"import sys, {module}; sys.exit('torch' in sys.modules)")
+@pytest.mark.parametrize(
+    "module",
+    ["nearfield.catalog", "nearfield.cli", "nearfield.systems", "nearfield.plan", "nearfield.plan.config"],
+)
+def test_cards_plans_and_the_command_need_no_torch(python, module):
+    code = (
+        f"import sys, nearfield, {module}\nnearfield.Neighborhood(7).on(9)\nsys.exit('torch' in sys.modules)"
+    )
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 

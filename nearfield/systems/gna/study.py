@@ -11,16 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfield.hosts import local, packaged, seam
-from nearfield.measure.command import picture
 from nearfield.ops.neighborhood import Neighborhood
 from nearfield.plan import GroupPlan, SitePlan
-
-
-def pictures(count: int, side: int) -> Float[Tensor, "count 3 side side"]:
-    """One picture that an installed package carries, and its quarters, as DINOv2 takes them."""
-    whole = picture(None, 2 * side)
-    quarters = [whole[..., y : y + side, x : x + side] for y in (0, side) for x in (0, side)]
-    return torch.cat([whole[..., ::2, ::2], *quarters])[:count]
 
 
 def features(
