@@ -123,6 +123,25 @@ def test_grid_follows_the_image(vit):
     assert sites(vit, torch.randn(1, 3, 24, 16))[0].grid == (6, 4)
 
 
+def test_the_grid_that_fits_best_is_taken(image):
+    class Two(Vit):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Conv2d(3, 1, (5, 4), stride=(5, 4))
+
+        def forward(self, image):
+            self.other(image)  # 3 x 6 places: 25 tokens would be 7 and these
+            x = super().forward(image)
+            self.other(image)
+            return self.blocks[0](x)
+
+    grids = []
+    model = Two()
+    with attention(model, lambda call: grids.append((call.site.grid, call.site.num_prefix))):
+        model(image)
+    assert set(grids) == {((4, 6), 1)}
+
+
 def test_text_is_a_line_and_other_tokens_have_no_grid(image):
     assert sites(Attention(), torch.randn(1, 7, 16))[0].grid == (7,)
 
