@@ -3,6 +3,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ from nearfield.hosts.transformers import (  # noqa: E402
     cache_bytes,
     cache_bytes_after,
     install,
+    sites,
 )
 from nearfield.hosts.transformers_cache import BoundedLayer  # noqa: E402
 from nearfield.hosts.transformers_masks import dense_mask, read_mask  # noqa: E402
@@ -350,6 +352,15 @@ def test_image_models_have_the_grid_of_the_image_given(make, height, width, pref
     assert site.num_kv_heads == site.num_heads == 4  # CLIP and SigLIP do not say how often to repeat keys
 
 
+@pytest.mark.parametrize("make", [llama, qwen, gpt2, bert, vit, registers, clip_vision, siglip])
+def test_a_config_tells_the_sites_that_a_forward_shows(make):
+    model = make()
+    given = pixels() if hasattr(model.config, "patch_size") else ids(1, 8)
+    for told, seen in zip(sites(model), seam.sites(model, given), strict=True):
+        longest = (model.config.max_position_embeddings,) if len(seen.grid) == 1 else seen.grid
+        assert told == replace(seen, grid=longest)
+
+
 def test_of_two_towers_only_one_has_a_grid():
     text = {**SMALL, "num_hidden_layers": 1, "max_position_embeddings": 16}
     model = build(CLIPModel, CLIPConfig(text_config=text, vision_config={**IMAGE, "patch_size": 4}))
@@ -423,23 +434,28 @@ def test_a_dense_mask_takes_sinks_from_the_first_keys_of_each_row():
 # Converting
 
 
-@pytest.mark.parametrize("make", [llama, qwen, mistral, bert, vit, clip_vision])
-def test_a_plan_that_leaves_all_full_leaves_all_bits(make):
+@pytest.mark.parametrize("make", [llama, qwen, bert, clip_vision])
+def test_a_plan_that_leaves_all_full_touches_nothing(make):
     model = make()
-    given = (
-        {"pixel_values": pixels()}
-        if hasattr(model.config, "patch_size")
-        else {"input_ids": ids(), **left_padded()}
-    )
-    plain = model(**given)[0]
+    before = strings(model)
     restore = install(model, uniform(model, None))
-    assert (
-        torch.equal(model(**given)[0], plain)
-        if make not in (qwen, mistral)
-        else close(model(**given)[0], plain) is None
-    )
+    assert strings(model) == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
     restore()
-    assert torch.equal(model(**given)[0], plain)
+
+
+@pytest.mark.parametrize("given", [{}, left_padded()])
+def test_a_group_without_a_pattern_keeps_its_bits(given):
+    model, found = llama(num_hidden_layers=1), []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+        lambda module, args: found.append(args[0])
+    )
+    model(ids(), **given)
+    install(model, mixed(model, WINDOW, None))
+    model(ids(), **given)
+    plain, local = (heads.unflatten(-1, (4, 16)) for heads in found)
+    assert torch.equal(plain[:, :, 2:], local[:, :, 2:])  # the query heads of key/value head 1
+    assert (plain - local)[0, 10:, :2].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -646,7 +662,8 @@ def test_a_window_of_the_host_is_our_kernel_size():
         names = [name for name in attention_modules(model) if any(part in name for part in sliding)]
         own = Neighborhood(8, is_causal=True)
         for pattern in (own, None):
-            restore = install(model, {name: SitePlan.uniform(name, 2, pattern) for name in names})
+            groups = (GroupPlan((0,), pattern), GroupPlan((1,), own))
+            restore = install(model, {name: SitePlan(name, groups) for name in names})
             close(model(ids()).logits, plain)
             close(model(ids(), **mask).logits[1, 9:], padded[1, 9:])
             stepped, cache = steps(model, ids(), [12, 5] + [1] * 23, mask)

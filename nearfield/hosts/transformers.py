@@ -37,6 +37,7 @@ from nearfield.hosts.transformers_sites import (
     num_kv_heads_of,
     refuse_unswitchable,
     role_of,
+    sites,
     watch_grids,
 )
 from nearfield.ops.neighborhood import Neighborhood
@@ -44,6 +45,8 @@ from nearfield.ops.neighborhood import Neighborhood
 if TYPE_CHECKING:
     from nearfield.hosts.transformers_cache import BoundedLayer, Part
     from nearfield.plan.pattern import SitePlan
+
+__all__ = ["attention", "attention_modules", "cache_bytes", "cache_bytes_after", "install", "sites"]
 
 NAME = "nearfield"
 SEAT = "_nearfield_seat"
@@ -90,7 +93,7 @@ def install(model: nn.Module, plans: Mapping[str, SitePlan]) -> Callable[[], Non
 
     Weights and their names stay, so `save_pretrained` writes what it wrote before. `generate` then holds, for
     each local group, the last `kernel_size - 1` keys and the sinks. Groups without a pattern do what the host
-    did, its own sliding window included.
+    did, its own sliding window included; sites without any are left alone.
     """
     _register()
     from nearfield.hosts.transformers_cache import Part
@@ -109,6 +112,8 @@ def install(model: nn.Module, plans: Mapping[str, SitePlan]) -> Callable[[], Non
                     f"Site {name!r} is converted already. Call the restore of that conversion first."
                 )
             parts = _parts(name, plan, module, window, Part)
+            if plan.is_full:
+                continue
             group = plan.groups[0]
             one_group = (
                 replace(group, kv_heads=tuple(range(len(part.kv_heads))), pattern=part.pattern)
@@ -118,24 +123,13 @@ def install(model: nn.Module, plans: Mapping[str, SitePlan]) -> Callable[[], Non
             seat.route = _Route(name, parts, subplans, window, grids.get(module))
             stack.callback(setattr, seat, "route", None)
             stack.callback(module.register_forward_pre_hook(_before, with_kwargs=True).remove)
-        _switch(configs_of(targets), stack)
+        _switch(configs_of({chosen[name] for name, plan in plans.items() if not plan.is_full}), stack)
         return stack.pop_all().close
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Site name -> module, for the modules of a transformers model that call its attention function."""
     return {name: module for module, name in names_of(model).items() if is_attention(module)}
-
-
-def sites(model: nn.Module) -> list[Site]:
-    """The attention sites of a transformers model, read off its modules; what only a run shows (grid, prefix
-    tokens) is left at None and 0."""
-    found = []
-    for name, module in attention_modules(model).items():
-        kv_heads = num_kv_heads_of(module)
-        heads = kv_heads * getattr(module, "num_key_value_groups", 1)
-        found.append(Site(name, role_of(module, name), None, 0, is_causal_site(module), heads, kv_heads))
-    return found
 
 
 def cache_bytes(cache: Any) -> int:
@@ -327,7 +321,13 @@ def _local(
     """The output `[B, N, H, Dv]` of a converted site."""
     from nearfield.hosts.transformers_cache import one_row, select, unite
 
-    share = query.shape[1] // key.shape[1]
+    num_kv_heads = sum(len(part.kv_heads) for part in route.parts)
+    if key.shape[1] != num_kv_heads:
+        raise ValueError(
+            f"The plan of site {route.name!r} is for {num_kv_heads} key/value heads; the site has "
+            f"{key.shape[1]}. Plan every head of the site once."
+        )
+    share = query.shape[1] // num_kv_heads
     if mask is not None and mask.shape[-2] != query.shape[2]:
         mask = mask.expand(*mask.shape[:2], query.shape[2], -1)  # one row for all queries
     reading = _reading(route, site.is_causal, mask)

@@ -180,7 +180,8 @@ class BoundedLayer(CacheLayerMixin):
                 continue
             seen = store.visible(reading, keys, slots.shape[2], num_sinks, self.seen)
             if num_new == 1 and part.dilation == 1:
-                outs.append(_one_row(some_queries, slots, contents, seen, scale))
+                row = None if seen is None else seen[:, None, None]
+                outs.append(one_row(some_queries, slots, contents, row, scale))
             else:
                 q, k, v = (x.transpose(1, 2) for x in (some_queries, slots, contents))
                 outs.append(neighborhood_attention(q, k, v, part.pattern, key_mask=seen, scale=scale))
@@ -355,6 +356,8 @@ class _Store:
     def shorten(self, seen: int) -> None:
         """Forgets all but the first `seen` tokens; nothing may have left the window yet."""
         self.end = self.start + seen
+        if self.keys is not None and self.values is not None:  # without room: the next token moves them
+            self.keys, self.values = self.keys[:, :, : self.end], self.values[:, :, : self.end]
         if self.sink_at is not None:
             self.sink_at = self.sink_at.masked_fill(self.sink_at >= seen, NEVER)
             self._count_sinks()
@@ -377,7 +380,7 @@ class _Store:
         assert self.keys is not None
         assert self.values is not None
         frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
-        if self.start >= self.num_sinks and self.end + num_new <= self.keys.shape[2] and not frozen:
+        if self.end + num_new <= self.keys.shape[2] and not frozen:
             return
         held = self.end - self.start
         # An eighth to spare: moving a window costs a step no more than eight of its keys do.
@@ -445,11 +448,10 @@ class _Store:
         self.complete = self.last_sink < NEVER
 
 
-def _one_row(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    """One query per row that sees every slot; its heads stand as rows of their key/value head."""
+def one_row(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per row, `[B, 1, H, Dv]`; its heads stand as rows of their key/value head."""
     batch, num_heads = query.shape[:2]
     rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    mask = None if seen is None else seen[:, None, None]
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, 1, num_heads, -1)
 

@@ -107,7 +107,9 @@ def _read(mask: Tensor, is_causal: bool, window: int | None) -> Reading:
             reach &= places > queries - window
         wanted = wanted & reach
     same = seen == wanted
-    if num_queries <= num_keys:  # a query that is padding may see everything: some hosts let it, nobody reads it
+    if (
+        num_queries <= num_keys
+    ):  # a query that is padding may see everything: some hosts let it, nobody reads it
         same = same | (~keys[:, None, -num_queries:, None] & seen.all(-1, keepdim=True))
     plain = bool(same.all())
     return Reading(keys if plain else seen.any(1).any(-2), plain)

@@ -9,8 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nearfield.hosts.seam import Role
+from nearfield.core import require
+from nearfield.hosts.seam import Role, Site
 
+PREFIX_TOKENS = (
+    "cls_token",
+    "class_embedding",
+    "distillation_token",
+    "register_tokens",
+)  # parameters of embeddings
 MOST_PREFIX_TOKENS = 16  # class, distillation and register tokens of known image models
 
 
@@ -45,8 +52,7 @@ def watch_grids(model: nn.Module, targets: set[nn.Module], stack: ExitStack) -> 
             or max(module.kernel_size) == 1
         ):
             continue
-        owners = (modules[name.rsplit(".", depth)[0]] for depth in range(1, name.count(".") + 1))
-        config = next((config_of(owner) for owner in (*owners, model) if config_of(owner) is not None), None)
+        config = _config_around(name, modules)
         linked = [target for target in targets if config is not None and config_of(target) is config]
         if linked:
             grid = PatchGrid()
@@ -54,6 +60,41 @@ def watch_grids(model: nn.Module, targets: set[nn.Module], stack: ExitStack) -> 
             for target in linked:
                 found.setdefault(target, grid)
     return found
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """The attention sites of a transformers model as its configs tell them, without a forward.
+
+    The grid is that of the image size, or of the longest text, that the config names; None where it names
+    none. `seam.sites` tells what the tokens of one forward form.
+    """
+    require("transformers", extra="hf")
+    prefixes: dict[int, int] = {}
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in PREFIX_TOKENS:
+            key = id(_config_around(name, modules))
+            prefixes[key] = prefixes.get(key, 0) + (1 if parameter.ndim == 1 else parameter.shape[1])
+    found = []
+    for module, name in names_of(model).items():
+        if is_attention(module):
+            config, role = config_of(module), role_of(module, name)
+            grid = _largest_grid(config) if role == "self" else None
+            prefix = prefixes.get(id(config), 0) if grid is not None and len(grid) > 1 else 0
+            heads = num_heads_of(module), num_kv_heads_of(module)
+            found.append(Site(name, role, grid, prefix, is_causal_site(module), *heads))
+    return found
+
+
+def _largest_grid(config: Any) -> tuple[int, ...] | None:
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        longest = getattr(config, "max_position_embeddings", None)
+        return (longest,) if isinstance(longest, int) else None
+    (height, width), (down, right) = (
+        side if isinstance(side, list | tuple) else (side, side) for side in (image, patch)
+    )
+    return height // down, width // right
 
 
 def refuse_unswitchable(model: nn.Module, targets: set[nn.Module]) -> None:
@@ -73,8 +114,8 @@ def refuse_unswitchable(model: nn.Module, targets: set[nn.Module]) -> None:
             ):
                 site = ".".join(filter(None, (name, child)))
                 raise NotImplementedError(
-                    f"Site {site!r} computes its attention itself: {type(part).__name__} has no sdpa form in "
-                    "transformers. Enter only the parts of the model that have one."
+                    f"Site {site!r} cannot be entered: transformers has no sdpa form of "
+                    f"{type(part).__name__}. Enter only the parts of the model that have one."
                 )
 
 
@@ -96,6 +137,16 @@ def configs_of(modules: set[nn.Module]) -> list[Any]:
     """The distinct config objects of some modules."""
     found = {id(config): config for config in map(config_of, modules) if config is not None}
     return list(found.values())
+
+
+def _config_around(name: str, modules: dict[str, nn.Module]) -> Any:
+    """The config of the innermost module around a module or parameter that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = config_of(modules[name])
+        if config is not None:
+            return config
+    return None
 
 
 def config_of(module: nn.Module | None) -> Any:
@@ -135,19 +186,23 @@ def native_window(module: nn.Module) -> int | None:
     return getattr(config_of(module), "sliding_window", None)
 
 
+def num_heads_of(module: nn.Module) -> int:
+    """Query heads of a site."""
+    for owner in (module, config_of(module)):
+        for name in ("num_attention_heads", "num_heads"):
+            number = getattr(owner, name, None)
+            if isinstance(number, int):
+                return number
+    raise NotImplementedError(f"It is not known how many heads a {type(module).__name__} has.")
+
+
 def num_kv_heads_of(module: nn.Module) -> int:
-    config = config_of(module)
-    for owner, name in (
-        (module, "num_key_value_heads"),
-        (config, "num_key_value_heads"),
-        (config, "num_attention_heads"),
-    ):
-        number = getattr(owner, name, None)
+    """Key/value heads of a site."""
+    for owner in (module, config_of(module)):
+        number = getattr(owner, "num_key_value_heads", None)
         if isinstance(number, int):
             return number
-    raise NotImplementedError(
-        f"{type(config).__name__} does not say how many heads {type(module).__name__} has."
-    )
+    return num_heads_of(module)
 
 
 def head_dim_of(module: nn.Module) -> int:
