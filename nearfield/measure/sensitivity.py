@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +52,10 @@ def sensitivity(
 ) -> list[SiteDamage]:
     """Per attention site and key/value-head group, the loss that each candidate pattern would add.
 
-    `objective(model)` runs the model on one sequence and gives the *summed* loss; of the query rows `rows` that
-    it depends on, `num_blocks` runs of 64 are sampled (all, if there are no more). `needle` names keys (tokens
-    that an answer is read from): the largest share of attention that a query head of a group puts on them from
-    one of `answer_rows` is reported.
+    `objective(model)` runs the model on one sequence and gives the *summed* loss; of the query rows `rows`
+    that it depends on, `num_blocks` runs of 64 are sampled (all, if there are no more). `needle` names keys
+    (tokens that an answer is read from): the largest share of attention that a query head of a group puts on
+    them from one of the rows between the first and the last of `answer_rows` is reported.
 
     Raises `ValueError` where a gradient is not finite, naming the site.
     """
@@ -64,7 +64,7 @@ def sensitivity(
     for parameter in wanted:  # gradients of activations are asked, none of weights
         parameter.requires_grad_(False)
     try:
-        with attention(model, watch), torch.enable_grad(), _checkpointed(model):
+        with attention(model, watch), torch.enable_grad(), _checkpointed(model, watch):
             loss = objective(model)
             watch.backward = True
             loss.backward()
@@ -81,9 +81,10 @@ class _Watch:
         self.candidates, self.rows, self.answer_rows, self.needle = candidates, rows, answer_rows, needle
         self.progress = progress
         self.starts, self.share = _sample(rows, num_blocks, generator)
-        self.backward = False
+        self.backward, self.inside = False, 0  # inside so many checkpointed layers
         self.live: dict[str, tuple[Call, Tensor]] = {}
         self.order: list[str] = []
+        self.views: dict[tuple[Site, tuple[Neighborhood, ...], range], _View] = {}
         self.found: dict[str, SiteDamage] = {}
 
     def __call__(self, call: Call) -> Tensor | None:
@@ -97,10 +98,10 @@ class _Watch:
             q, k, v, is_causal=call.site.is_causal, scale=call.scale, enable_gqa=grouped
         ).transpose(1, 2)
         name = call.site.name
-        if self.backward:
-            # the recomputation of a checkpointed block: these tensors live until its gradient arrives
+        if self.backward or not self.inside:
+            # a recomputation, or a site that none will reach: these tensors live until its gradient arrives
             self.live[name] = (call, out.detach())
-        elif out.requires_grad:
+        if not self.backward and out.requires_grad:
             self.order.append(name)
             out.register_hook(lambda gradient: self.weigh(name, gradient))
         return out
@@ -116,6 +117,14 @@ class _Watch:
         if self.progress:
             self.progress(len(self.found), len(self.order))
 
+    def view(self, call: Call, patterns: tuple[Neighborhood, ...], rows: range) -> _View:
+        site = replace(call.site, name="")
+        if (site, patterns, rows) not in self.views:
+            self.views[site, patterns, rows] = _view(
+                site, patterns, call.key.shape[1], rows, call.query.device
+            )
+        return self.views[site, patterns, rows]
+
     def _damage(self, call: Call, out: Tensor, gradient: Tensor) -> SiteDamage:
         site = call.site
         patterns = tuple(self.candidates(site))
@@ -123,12 +132,12 @@ class _Watch:
         mass, distance = torch.zeros(site.num_kv_heads), torch.zeros(site.num_heads)
         for start in self.starts:
             span = range(start, min(start + BLOCK, self.rows.stop))
-            moved, _, far = _moved(call, out, gradient, patterns, span)
+            moved, _, far = _moved(call, out, gradient, self.view(call, patterns, span), span)
             text += moved * self.share
             distance += far / len(self.starts)
         if self.answer_rows:
             span = range(min(self.answer_rows), max(self.answer_rows) + 1)
-            moved, mass, _ = _moved(call, out, gradient, patterns, span, self.needle)
+            moved, mass, _ = _moved(call, out, gradient, self.view(call, patterns, span), span, self.needle)
             recall += moved
         return SiteDamage(site, call.query.shape[-1], patterns, text / 2, recall / 2, mass, distance)
 
@@ -137,7 +146,7 @@ def _moved(
     call: Call,
     out: Tensor,
     gradient: Tensor,
-    patterns: Sequence[Neighborhood],
+    view: _View,
     rows: range,
     needle: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +154,6 @@ def _moved(
     mean distance per head."""
     site = call.site
     groups, num_keys = site.num_kv_heads, call.key.shape[1]
-    prefix = site.num_prefix
     stop = rows.stop if site.is_causal else num_keys
     span = slice(rows.start, rows.stop)
 
@@ -156,60 +164,74 @@ def _moved(
     k = call.key[:, :stop].transpose(1, 2).unsqueeze(2).float()  # [B, groups, 1, keys, D]
     v = call.value[:, :stop].transpose(1, 2).unsqueeze(2).float()
     scores = (q @ k.transpose(-1, -2)).mul_(call.scale)
-    index = (
-        torch.arange(rows.start, rows.stop, device=q.device)[:, None],
-        torch.arange(stop, device=q.device)[None],
-    )
-    if site.is_causal:
-        scores.masked_fill_(index[1] > index[0], float("-inf"))
+    if view.future is not None:
+        scores.masked_fill_(view.future, float("-inf"))
     share = scores.softmax(-1)  # [B, groups, heads, rows, keys]
-    found = torch.zeros(groups, len(patterns))
-    before = torch.zeros(len(rows), stop, dtype=torch.bool, device=q.device)
-    mass = moment = None
-    for at, pattern in enumerate(patterns):
-        seen = _visible(pattern, site, num_keys, *index)
-        if mass is None or (before & ~seen).any():  # not nested in the one before: start anew
-            mass, moment = share.new_zeros((*share.shape[:-1], 1)), torch.zeros_like(full)
-            before = torch.zeros_like(seen)
-        ring = seen & ~before
-        columns = ring.any(0).nonzero()
-        if len(columns):
-            inside = slice(int(columns[0]), int(columns[-1]) + 1)
-            # sinks stand far from the window: taken apart, the ring stays narrow
-            for part in _runs(inside, ring):
-                weight = share[..., part] * ring[:, part]
-                mass = mass + weight.sum(-1, keepdim=True)
-                moment = moment + weight @ v[..., part, :]
-        before = seen
+    found = torch.zeros(groups, len(view.rings))
+    mass, moment = share.new_zeros((*share.shape[:-1], 1)), torch.zeros_like(full)
+    for at, (is_nested, pieces) in enumerate(view.rings):
+        if not is_nested:
+            mass, moment = torch.zeros_like(mass), torch.zeros_like(moment)
+        for part, ring in pieces:
+            weight = share[..., part] * ring
+            mass = mass + weight.sum(-1, keepdim=True)
+            moment = moment + weight @ v[..., part, :]
         moved = moment / mass.clamp_min(1e-30) - full
-        moved[..., : max(prefix - rows.start, 0), :] = 0  # prefix tokens keep full attention
+        moved[..., : max(site.num_prefix - rows.start, 0), :] = 0  # prefix tokens keep full attention
         found[:, at] = (g * moved).sum((2, 4)).square().sum((0, 2)).cpu()
     on_needle = share[..., list(needle)].sum(-1).amax((0, 2, 3)).cpu() if needle else torch.zeros(groups)
-    far, between = _distances(site, *index)
-    distance = (share * far).sum((0, 3, 4)) / (share * between).sum((0, 3, 4)).clamp_min(1e-30)
+    distance = (share * view.far).sum((0, 3, 4)) / (share * view.between).sum((0, 3, 4)).clamp_min(1e-30)
     return found, on_needle, distance.flatten().cpu()
 
 
-def _distances(site: Site, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Euclidean distance of query rows and keys on the grid, and where both are tokens of it; 0 elsewhere."""
+@dataclass(frozen=True)
+class _View:
+    """What some query rows see, the same for every layer: made once.
+
+    `rings[i]` is what candidate i shows beyond the one before, as (columns, mask) pieces, and whether it shows
+    all that the one before did: nested windows are then summed outwards, each key once.
+    """
+
+    future: Tensor | None
+    rings: list[tuple[bool, list[tuple[slice, Tensor]]]]
+    far: Tensor  # Euclidean distance of row and key on the grid, 0 where either is a prefix token
+    between: Tensor  # where neither is
+
+
+def _view(
+    site: Site, patterns: tuple[Neighborhood, ...], num_keys: int, rows: range, device: torch.device
+) -> _View:
+    stop = rows.stop if site.is_causal else num_keys
+    row = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key = torch.arange(stop, device=device)[None]
+    before = torch.zeros(len(rows), stop, dtype=torch.bool, device=device)
+    rings = []
+    for pattern in patterns:
+        seen = _visible(pattern, site, num_keys, row, key)
+        is_nested = not bool((before & ~seen).any())
+        ring = seen & ~before if is_nested else seen
+        rings.append((is_nested, [(part, ring[:, part].float()) for part in _runs(ring)]))
+        before = seen
     prefix, sides = site.num_prefix, site.grid or ()
-    query, key = (rows - prefix).clamp(min=0), (keys - prefix).clamp(min=0)
-    squares = torch.zeros(1, device=rows.device)
+    a, b = (row - prefix).clamp(min=0), (key - prefix).clamp(min=0)
+    squares = torch.zeros(1, device=device)
     for side in reversed(sides[1:]):
-        squares = squares + (query % side - key % side).square()
-        query, key = query // side, key // side
-    between = (rows >= prefix) & (keys >= prefix)
-    return (squares + (query - key).square()).sqrt() * between, between
+        squares = squares + (a % side - b % side).square()
+        a, b = a // side, b // side
+    between = (row >= prefix) & (key >= prefix)
+    far = (squares + (a - b).square()).sqrt() * between
+    return _View(key > row if site.is_causal else None, rings, far, between.float())
 
 
-def _runs(inside: slice, ring: Tensor) -> Iterator[slice]:
-    """The column ranges of `ring` that hold anything, split where a wide empty gap allows it."""
-    used = ring.any(0)[inside].nonzero().flatten() + inside.start
-    cuts = ((used[1:] - used[:-1]) > BLOCK).nonzero().flatten().tolist()
-    first = 0
-    for cut in [*cuts, len(used) - 1]:
-        yield slice(int(used[first]), int(used[cut]) + 1)
-        first = cut + 1
+def _runs(ring: Tensor) -> Iterator[slice]:
+    """The column ranges of `ring` that hold anything: sinks stand far from the window and are taken apart."""
+    used = ring.any(0).nonzero().flatten()
+    if len(used):
+        cuts = ((used[1:] - used[:-1]) > BLOCK).nonzero().flatten().tolist()
+        first = 0
+        for cut in [*cuts, len(used) - 1]:
+            yield slice(int(used[first]), int(used[cut]) + 1)
+            first = cut + 1
 
 
 def _visible(pattern: Neighborhood, site: Site, num_keys: int, rows: Tensor, keys: Tensor) -> Tensor:
@@ -222,7 +244,7 @@ def _visible(pattern: Neighborhood, site: Site, num_keys: int, rows: Tensor, key
 
 
 def _sample(rows: range, num_blocks: int, generator: torch.Generator | None) -> tuple[list[int], float]:
-    """First rows of the sampled blocks, one drawn in each of `num_blocks` strata, and the scale to all rows."""
+    """First rows of the sampled blocks, one drawn in each of `num_blocks` strata; the scale to all rows."""
     length = len(rows)
     if length <= num_blocks * BLOCK:
         return list(range(rows.start, rows.stop, BLOCK)), 1.0
@@ -233,15 +255,20 @@ def _sample(rows: range, num_blocks: int, generator: torch.Generator | None) -> 
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
+def _checkpointed(model: nn.Module, watch: _Watch) -> Iterator[None]:
     """Each entry of the host's stacks of layers recomputes its inside in the backward pass."""
     blocks = list(_layers(model))
+    before = [vars(block).get("forward") for block in blocks]  # a host's own entry may lie there
 
     def recomputed(forward: Callable[..., object]) -> Callable[..., object]:
         def run(hidden: Tensor, *args: object, **kwargs: object) -> object:
             if not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_()
-            return checkpoint(lambda h: forward(h, *args, **kwargs), hidden, use_reentrant=False)
+            watch.inside += 1
+            try:
+                return checkpoint(lambda h: forward(h, *args, **kwargs), hidden, use_reentrant=False)
+            finally:
+                watch.inside -= 1
 
         return run
 
@@ -250,8 +277,10 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for block in blocks:
+        for block, own in zip(blocks, before, strict=True):
             del block.forward
+            if own is not None:
+                block.forward = own
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
