@@ -40,7 +40,7 @@ def supports(
     if query.dtype == torch.float64:
         return "FlexAttention has no float64."
     if min(query.shape[-1], value.shape[-1]) < 16:
-        return f"FlexAttention needs a head_dim of at least 16, given {query.shape[-1]} and {value.shape[-1]}."
+        return f"FlexAttention needs 16 channels or more, given {query.shape[-1]} and {value.shape[-1]}."
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "FlexAttention has no gradients on a CPU. Use torch.no_grad(), or another backend."
     return None
@@ -110,10 +110,8 @@ def _known_logits(query: Tensor, key: Tensor, sink_logits: Tensor | None, scale:
 
 
 @lru_cache(maxsize=64)
-def _compiled(
-    bound: Bound, extra: int, given: tuple[bool, ...], device: torch.device
-) -> Callable[..., Any]:
-    """FlexAttention compiled for one geometry, as a code object of its own: torch caches few shapes for each."""
+def _compiled(bound: Bound, extra: int, given: tuple[bool, ...], device: torch.device) -> Callable[..., Any]:
+    """FlexAttention compiled for one geometry, as code of its own: torch caches only a few shapes of one."""
     axes, sinks = bound.axes, bound.pattern.num_sinks
 
     def run(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
-from nearfield.ops.neighborhood.tiled_blocks import sum_dtype
-from nearfield.ops.neighborhood.tiled_causal import causal_backward, causal_forward, fits
+from nearfield.ops.neighborhood.geometry import Axis, Bound, Neighborhood
+from nearfield.ops.neighborhood.tiled_blocks import Upstream, sum_dtype
 from nearfield.ops.neighborhood.tiled_boxes import (
     Sinks,
     boxes_backward,
@@ -18,6 +18,7 @@ from nearfield.ops.neighborhood.tiled_boxes import (
     far_backward,
     far_forward,
 )
+from nearfield.ops.neighborhood.tiled_causal import causal_backward, causal_forward, fits
 
 NAME = "nearfield::tiled_attention"
 
@@ -86,11 +87,14 @@ def _forward(
     lse = q.new_empty(q.shape[:-1], dtype=sum_dtype(q.dtype))
     if q.numel():
         mask = None if key_mask is None else key_mask.flatten(1)
-        if text := fits(bound, bias, key_mask):
+        kind = _kind(bound, bias, key_mask)
+        if kind == "text":
             causal_forward(q, k, v, bound, scale, out, lse)
-        else:
+        elif kind == "boxes":
             boxes_forward(q, k, v, bound, bias, mask, scale, out, lse)
-        if num_sinks and not text:
+        else:
+            far_forward(q, k, v, None, scale, out.zero_(), lse.fill_(-torch.inf))
+        if num_sinks and kind == "boxes":
             sinks = Sinks(bound, mask, q.device)
             far_forward(q, sinks.gather(k), sinks.gather(v), sinks, scale, out, lse)
         if more_k is not None and more_v is not None and more_k.shape[1]:
@@ -134,6 +138,7 @@ def _backward(
     if g_lse is not None:
         g_lse = g_lse.masked_fill(lse.flatten(1, -2) == -torch.inf, 0)
         g_lse = g_lse if bool(g_lse.any()) else None
+    up = Upstream(g, g_lse, o, statistics)
     wide = sum_dtype(q.dtype)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
@@ -142,19 +147,21 @@ def _backward(
     logits = dk.new_empty(0)
     if q.numel():
         mask = None if key_mask is None else key_mask.flatten(1)
-        if text := fits(bound, bias, key_mask):
-            causal_backward(g, g_lse, q, k, v, o, statistics, bound, scale, (dq, dk, dv))
+        kind = _kind(bound, bias, key_mask)
+        if kind == "text":
+            causal_backward(q, k, v, up, bound, scale, (dq, dk, dv))
+        elif kind == "boxes":
+            boxes_backward(q, k, v, up, bound, bias, mask, scale, (dq, dk, dv), table)
         else:
-            boxes_backward(g, g_lse, q, k, v, o, statistics, bound, bias, mask, scale, (dq, dk, dv, table))
-        if num_sinks and not text:
+            dk, dv = far_backward(q, k, v, up, None, scale, dq)
+        if num_sinks and kind == "boxes":
             sinks = Sinks(bound, mask, q.device)
-            parts = far_backward(
-                g, g_lse, q, sinks.gather(k), sinks.gather(v), sinks, o, statistics, scale, dq
-            )
+            few = (sinks.gather(k), sinks.gather(v))
+            parts = far_backward(q, *few, up, sinks, scale, dq)
             for total, part in zip((dk, dv), parts, strict=True):
                 sinks.add_to(total, part)
     if more_k is not None and more_v is not None:
-        more = far_backward(g, g_lse, q, more_k, more_v, None, o, statistics, scale, dq)
+        more = far_backward(q, more_k, more_v, up, None, scale, dq)
     if sink_logits is not None:
         delta = (g.to(wide) * o).sum(-1)
         delta = delta if g_lse is None else delta - g_lse
@@ -184,13 +191,13 @@ def _(grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: ob
     return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output, *inputs[:8])
     ctx.geometry = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple:
     out, lse, *tensors = ctx.saved_tensors
     if grad is None and grad_lse is None:
         return (None,) * 15
@@ -204,10 +211,39 @@ def _differentiate(ctx, grad: Tensor | None, grad_lse: Tensor | None) -> tuple:
     return *needed, *([None] * 7)
 
 
-def _no_double_backward(ctx, *grads: Tensor) -> tuple:
+def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
     raise NotImplementedError(
-        'Second derivatives are missing in the "tiled" backend. Call with backend="reference", which has them.'
+        'The "tiled" backend has no second derivatives. Call with backend="reference", which has them.'
     )
+
+
+def _each(op: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: tuple, args: tuple) -> tuple:
+    """vmap by a loop."""
+    found = [
+        op(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+@_forward.register_vmap
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    """vmap by a larger batch, unless bias or sink logits, which have no batch, are mapped over."""
+    if in_dims[5] is not None or in_dims[7] is not None:
+        return _each(_forward, info, in_dims, args)
+    folded = list(args)
+    for i in (0, 1, 2, 3, 4, 6):
+        x, dim = args[i], in_dims[i]
+        if x is not None:
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            folded[i] = x.flatten(0, 1)
+    found = _forward(*folded)
+    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0, 0)
+
+
+@_backward.register_vmap
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    return _each(_backward, info, in_dims, args)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -236,14 +272,21 @@ def _bound(
     return pattern.on(grid, num_queries=query.shape[1] if len(grid) == 1 else None)
 
 
+def _kind(bound: Bound, bias: Tensor | None, key_mask: Tensor | None) -> str:
+    """Which way a problem goes: "dense" (all see all), "text" (a sliding causal window) or "boxes"."""
+    if bias is None and key_mask is None and all(_sees_all(axis) for axis in bound.axes):
+        return "dense"
+    return "text" if fits(bound, bias, key_mask) else "boxes"
+
+
+def _sees_all(axis: Axis) -> bool:
+    if axis.is_causal or axis.dilation > 1 or axis.border == "pad":
+        return False
+    return axis.interval(0)[1] >= axis.size and axis.interval(axis.size - 1)[0] <= 0
+
+
 def _equal_dims(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as [B, tokens, heads, D] with one D: the narrower of keys and values gains zeros."""
     dim = max(x.shape[-1] for x in tensors if x is not None)
-    return [
-        None
-        if x is None
-        else F.pad(x.flatten(1, -3), (0, dim - x.shape[-1]))
-        if x.shape[-1] < dim
-        else x.flatten(1, -3)
-        for x in tensors
-    ]
+    flat = [None if x is None else x.flatten(1, -3) for x in tensors]
+    return [x if x is None or x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in flat]

@@ -7,13 +7,31 @@ softmax, not of the piece, makes the gradients of pieces simply add up. Elsewher
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Upstream(NamedTuple):
+    """What a backward pass starts from: gradients of output and log-sum-exp, and the two themselves."""
+
+    grad: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor  # finite: 0 for a row without keys
+
+    def each(self, change: Callable[..., Tensor], *how: Any) -> Upstream:
+        """`change(x, *how)` of all four, the log-sum-exps with a last dimension of one."""
+        lse = change(self.lse.unsqueeze(-1), *how).squeeze(-1)
+        grad_lse = self.grad_lse
+        if grad_lse is not None:
+            grad_lse = change(grad_lse.unsqueeze(-1), *how).squeeze(-1)
+        return Upstream(change(self.grad, *how), grad_lse, change(self.out, *how), lse)
 
 
 class Grads(NamedTuple):
@@ -30,8 +48,8 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of [n, h, r, d] queries on [n, h, c, d] keys; `mask` is added to the scores.
 
-    `is_causal` shows row i the keys 0..i: aligned at the first key, whatever the lengths. The log-sum-exp of a
-    row whose mask is all -inf is undefined; `hidden_rows` finds them.
+    `is_causal` shows row i the keys 0..i: aligned at the first key, whatever the lengths. A row whose mask is
+    all -inf has an undefined log-sum-exp; `hidden_rows` finds such rows.
     """
     if query.device.type == "cpu":
         out, lse = FUSED(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -43,23 +61,20 @@ def block_forward(
 
 
 def block_backward(
-    grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    up: Upstream,
     mask: Tensor | None,
     scale: float,
     is_causal: bool = False,
-    grad_lse: Tensor | None = None,
     want_scores: bool = False,
 ) -> Grads:
-    """Gradients through one piece, given output and log-sum-exp of the whole softmax (`lse` finite)."""
+    """Gradients through one piece, given what belongs to the whole softmax."""
+    grad, grad_lse, out, lse = up
     if query.device.type == "cpu" and grad_lse is None and not want_scores:
-        return Grads(
-            *FUSED_BACKWARD(grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
-        )
+        found = FUSED_BACKWARD(grad, query, key, value, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return Grads(*found)
     weights = torch.exp(_scores(query, key, mask, scale, is_causal).sub_(lse.unsqueeze(-1)))
     delta = (grad.to(lse.dtype) * out).sum(-1, keepdim=True)
     if grad_lse is not None:

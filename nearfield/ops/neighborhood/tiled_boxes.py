@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nearfield.ops.neighborhood.geometry import Bound
 from nearfield.ops.neighborhood.tiled_blocks import (
+    Upstream,
     block_backward,
     block_forward,
     hidden_rows,
@@ -39,7 +40,7 @@ def boxes_forward(
 ) -> None:
     """Fills `out` and `lse` with the attention of every query on its window."""
     for chunk in _chunks_of(query, key, bound, bias, 1):
-        q = fold(query.index_select(1, chunk.query), chunk.tiles, key.shape[2])
+        q = _gather(query, chunk, key.shape[2])
         k, v = _box(key, chunk), _box(value, chunk)
         mask = _mask(chunk, bias, key_mask, q)
         o, statistics = block_forward(q, k, v, mask, scale)
@@ -50,52 +51,36 @@ def boxes_forward(
 
 
 def boxes_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    up: Upstream,
     bound: Bound,
     bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    grads: tuple[Tensor, Tensor, Tensor],
+    table: Tensor | None,
 ) -> None:
-    """Adds to the gradients of query, key, value and, if there, the flat bias table. `lse` is finite."""
+    """Adds to the gradients of query, key and value, and of the flat bias table if there is one."""
     for chunk in _chunks_of(query, key, bound, bias, 3):
-        q, o, g, statistics, g_lse = (
-            None if x is None else fold(x.index_select(1, chunk.query), chunk.tiles, key.shape[2])
-            for x in (
-                query,
-                out,
-                grad,
-                lse.unsqueeze(-1),
-                None if grad_lse is None else grad_lse.unsqueeze(-1),
-            )
+        q, of_rows = _gather(query, chunk, key.shape[2]), up.each(_gather, chunk, key.shape[2])
+        of_rows = of_rows._replace(
+            grad=_real(of_rows.grad, chunk),
+            grad_lse=None
+            if of_rows.grad_lse is None
+            else _real(of_rows.grad_lse.unsqueeze(-1), chunk).squeeze(-1),
         )
-        mask = _mask(chunk, bias, key_mask, q)
-        found = block_backward(
-            _real(g, chunk),
-            q,
-            _box(key, chunk),
-            _box(value, chunk),
-            o,
-            statistics.squeeze(-1),
-            mask,
-            scale,
-            grad_lse=None if g_lse is None else _real(g_lse, chunk).squeeze(-1),
-            want_scores=grads[3] is not None,
-        )
+        k, v, mask = _box(key, chunk), _box(value, chunk), _mask(chunk, bias, key_mask, q)
+        found = block_backward(q, k, v, of_rows, mask, scale, want_scores=table is not None)
         _put(grads[0], chunk, unfold(found.query, chunk.tiles, query.shape[2]))
-        for total, part in zip(grads[1:3], (found.key, found.value), strict=True):
+        for total, part in zip(grads[1:], (found.key, found.value), strict=True):
             part = part.transpose(1, 2).unflatten(0, (-1, chunk.tiles))  # [B, tiles, slots, Hkv, D]
             if chunk.outside is not None:
                 part = part.masked_fill(chunk.outside[..., None, None], 0)
             total.index_add_(1, chunk.key, part.flatten(1, 2).to(total.dtype))
-        if grads[3] is not None:
-            _add_to_table(grads[3], found.scores, chunk)
+        if table is not None and found.scores is not None and chunk.offsets is not None:
+            _add_to_table(table, found.scores, chunk.offsets, chunk.tiles)
 
 
 def far_forward(
@@ -105,7 +90,7 @@ def far_forward(
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
     for low in range(0, query.shape[1], WIDE_ROWS):
         rows = slice(low, low + WIDE_ROWS)
-        q = fold(query[:, rows], 1, key.shape[2])
+        q = _slice(query, rows, key.shape[2])
         mask = None if sinks is None else sinks.mask(low, q, query.shape[2])
         o, statistics = block_forward(q, keys, values, mask, scale)
         if mask is not None:
@@ -115,39 +100,27 @@ def far_forward(
 
 
 def far_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    up: Upstream,
     sinks: Sinks | None,
-    out: Tensor,
-    lse: Tensor,
     scale: float,
     grad_query: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Adds to `grad_query`; returns the gradients of the keys and values, [B, L, Hkv, D]."""
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
-    totals = tuple(torch.zeros_like(x, dtype=sum_dtype(x.dtype)) for x in (key, value))
+    total_key, total_value = (torch.zeros_like(x, dtype=sum_dtype(x.dtype)) for x in (key, value))
     for low in range(0, query.shape[1], WIDE_ROWS):
         rows = slice(low, low + WIDE_ROWS)
-        q, o, g, statistics, g_lse = (
-            None if x is None else fold(x[:, rows], 1, key.shape[2])
-            for x in (
-                query,
-                out,
-                grad,
-                lse.unsqueeze(-1),
-                None if grad_lse is None else grad_lse.unsqueeze(-1),
-            )
-        )
+        q = _slice(query, rows, key.shape[2])
         mask = None if sinks is None else sinks.mask(low, q, query.shape[2])
-        g_lse = None if g_lse is None else g_lse.squeeze(-1)
-        found = block_backward(g, q, keys, values, o, statistics.squeeze(-1), mask, scale, grad_lse=g_lse)
+        of_rows = up.each(_slice, rows, key.shape[2])
+        found = block_backward(q, keys, values, of_rows, mask, scale)
         grad_query[:, rows] += unfold(found.query, 1, query.shape[2])
-        for total, part in zip(totals, (found.key, found.value), strict=True):
-            total += part.transpose(1, 2)
-    return totals
+        total_key += found.key.transpose(1, 2)
+        total_value += found.value.transpose(1, 2)
+    return total_key, total_value
 
 
 class Sinks:
@@ -193,7 +166,7 @@ class Sinks:
 
 
 def fold(rows: Tensor, tiles: int, num_kv_heads: int) -> Tensor:
-    """[B, tiles * rows, H, D] -> [B * tiles, Hkv, heads of a group * rows, D]: heads that share keys stack up."""
+    """[B, tiles * rows, H, D] -> [B * tiles, Hkv, heads of a group * rows, D]: they share the keys."""
     batch, _, num_heads, dim = rows.shape
     rows = rows.reshape(batch * tiles, -1, num_kv_heads, num_heads // num_kv_heads, dim)
     return rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -219,6 +192,16 @@ def _chunks_of(query: Tensor, key: Tensor, bound: Bound, bias: Tensor | None, pa
     )
     at_once = max(1, CHUNK_BYTES // (gathered * query.shape[0] + 4 * rows * slots))
     return chunks(bound, shape, at_once, bias is not None, query.device)
+
+
+def _gather(tensor: Tensor, chunk: Chunk, num_kv_heads: int) -> Tensor:
+    """The folded rows of a chunk's queries."""
+    return fold(tensor.index_select(1, chunk.query), chunk.tiles, num_kv_heads)
+
+
+def _slice(tensor: Tensor, rows: slice, num_kv_heads: int) -> Tensor:
+    """The folded rows of a run of queries."""
+    return fold(tensor[:, rows], 1, num_kv_heads)
 
 
 def _box(tensor: Tensor, chunk: Chunk) -> Tensor:
@@ -275,10 +258,9 @@ def _put(target: Tensor, chunk: Chunk, rows: Tensor) -> None:
     target.index_copy_(1, index, rows)
 
 
-def _add_to_table(total: Tensor, scores: Tensor, chunk: Chunk) -> None:
+def _add_to_table(total: Tensor, scores: Tensor, offsets: Tensor, tiles: int) -> None:
     """Sums score gradients [B * tiles, Hkv, heads of a group * rows, slots] by relative offset."""
-    rows = chunk.offsets.shape[1]
-    scores = scores.unflatten(2, (-1, rows)).flatten(1, 2).unflatten(0, (-1, chunk.tiles)).sum(0)
-    if len(chunk.offsets) == 1:
+    scores = scores.unflatten(2, (-1, offsets.shape[1])).flatten(1, 2).unflatten(0, (-1, tiles)).sum(0)
+    if len(offsets) == 1:
         scores = scores.sum(0, keepdim=True)
-    total.index_add_(1, chunk.offsets.flatten(), scores.transpose(0, 1).flatten(1).to(total.dtype))
+    total.index_add_(1, offsets.flatten(), scores.transpose(0, 1).flatten(1).to(total.dtype))

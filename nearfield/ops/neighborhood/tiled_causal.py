@@ -1,9 +1,9 @@
 """The sliding causal window over a text, the pattern that language models convert to.
 
-The first `window + sinks` rows see all that is before them: plain causal attention. From there on runs of SPAN
-queries share all keys of their windows but the two ragged ends, so the shared middle needs no mask and no copy
-(a strided view), and the ends, with the sinks, are gathered for STEP queries at a time. Where the window is too
-short for a middle, tiles of STEP queries under one mask do.
+The first `window + sinks` rows see all that is before them: plain causal attention. From there on runs of
+SPAN queries share all keys of their windows but the two ragged ends, so the middle needs no mask and no copy
+(a strided view), and the ends, with the sinks, are gathered for STEP queries at a time. Where the window is
+too short for a middle, tiles of STEP queries under one mask do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from nearfield.ops.neighborhood.geometry import Bound
-from nearfield.ops.neighborhood.tiled_blocks import block_backward, block_forward, merge_, sum_dtype
+from nearfield.ops.neighborhood.tiled_blocks import (
+    Upstream,
+    block_backward,
+    block_forward,
+    merge_,
+    sum_dtype,
+)
 
 SPAN = 256
 STEP = 64
@@ -53,9 +59,9 @@ def causal_forward(
     """Fills `out` and `lse` with the attention of every query on its window and the sinks."""
     num_kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     for b, piece in product(range(len(query)), _pieces(bound, query)):
-        q = _rows(query[b], piece, bound, num_kv_heads)
-        k, v = (_keys(x[b], piece) for x in (key, value))
-        o, statistics = block_forward(*_fold(piece, q, k, v), _mask(piece, group, q), scale, piece.is_causal)
+        q = _fold(query, b, piece, bound, num_kv_heads)
+        k, v = (_keys(x[b], piece, group) for x in (key, value))
+        o, statistics = block_forward(q, k, v, _mask(piece, group, q), scale, piece.is_causal)
         o, statistics = _unfold(piece, o, group), _unfold(piece, statistics.unsqueeze(-1), group).squeeze(-1)
         target = _rows(out[b], piece, bound, num_kv_heads)
         target_lse = _rows(lse[b].unsqueeze(-1), piece, bound, num_kv_heads).squeeze(-1)
@@ -67,13 +73,10 @@ def causal_forward(
 
 
 def causal_backward(
-    grad: Tensor,
-    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    up: Upstream,
     bound: Bound,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
@@ -81,24 +84,10 @@ def causal_backward(
     """Adds to the gradients of query, key and value."""
     num_kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     for b, piece in product(range(len(query)), _pieces(bound, query)):
-        rows = [query[b], grad[b], out[b], lse[b].unsqueeze(-1)]
-        rows += [] if grad_lse is None else [grad_lse[b].unsqueeze(-1)]
-        q, *rest = (_rows(x, piece, bound, num_kv_heads) for x in rows)
-        q, k, v = _fold(piece, q, *(_keys(x[b], piece) for x in (key, value)))
-        g, o, *statistics = (_fold(piece, x)[0] for x in rest)
-        statistics = [x.squeeze(-1) for x in statistics]
-        found = block_backward(
-            g,
-            q,
-            k,
-            v,
-            o,
-            statistics[0],
-            _mask(piece, group, q),
-            scale,
-            piece.is_causal,
-            grad_lse=None if grad_lse is None else statistics[1],
-        )
+        of_rows = up.each(_fold, b, piece, bound, num_kv_heads)
+        q = _fold(query, b, piece, bound, num_kv_heads)
+        k, v = (_keys(x[b], piece, group) for x in (key, value))
+        found = block_backward(q, k, v, of_rows, _mask(piece, group, q), scale, piece.is_causal)
         _rows(grads[0][b], piece, bound, num_kv_heads).add_(_unfold(piece, found.query, group))
         for total, part in zip(grads[1:], (found.key, found.value), strict=True):
             _add_keys(total[b], piece, part.sum(1).unsqueeze(0) if piece.is_causal else part)
@@ -147,10 +136,11 @@ def _rows(tensor: Tensor, piece: Piece, bound: Bound, num_kv_heads: int) -> Tens
     return tensor.as_strided(size, strides, tensor.storage_offset() + (piece.row - bound.offset) * row)
 
 
-def _keys(tensor: Tensor, piece: Piece) -> Tensor:
+def _keys(tensor: Tensor, piece: Piece, group: int) -> Tensor:
     """[N, Hkv, D] -> [tiles, Hkv, keys, D]: a view if the keys are one segment, else a copy."""
     parts = [_segment(tensor, piece, segment) for segment in piece.segments]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+    keys = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
+    return keys[0].unsqueeze(1).expand(-1, group, -1, -1) if piece.is_causal else keys
 
 
 def _segment(tensor: Tensor, piece: Piece, segment: tuple[int, int, int]) -> Tensor:
@@ -173,13 +163,10 @@ def _add_keys(total: Tensor, piece: Piece, part: Tensor) -> None:
             total[first + tile * step : first + tile * step + keys] += some[tile]
 
 
-def _fold(piece: Piece, rows: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-    """For the kernel: the heads of a group stacked as rows, or side by side if the piece is causal."""
-    if piece.is_causal:
-        return rows[0].permute(1, 2, 0, 3), *(
-            x[0].unsqueeze(1).expand(-1, rows.shape[3], -1, -1) for x in keys
-        )
-    return rows.permute(0, 2, 3, 1, 4).flatten(2, 3), *keys
+def _fold(tensor: Tensor, b: int, piece: Piece, bound: Bound, num_kv_heads: int) -> Tensor:
+    """Rows for the kernel: the heads of a group stacked, or side by side if the piece is causal."""
+    rows = _rows(tensor[b], piece, bound, num_kv_heads)
+    return rows[0].permute(1, 2, 0, 3) if piece.is_causal else rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _unfold(piece: Piece, rows: Tensor, group: int) -> Tensor:

@@ -119,11 +119,11 @@ def _chunks(
 def _axis_tiles(axis: Axis, rows: int, first: int) -> AxisTiles:
     """The tiles of the queries from coordinate `first` on."""
     starts, groups = [], []
-    for group in range(min(axis.dilation, axis.size)):
-        start = torch.arange(max(0, -(-(first - group) // axis.dilation)), axis.group_size(group), rows)
-        starts.append(start)
-        groups.append(torch.full_like(start, group))
-    start, group = torch.cat(starts)[:, None], torch.cat(groups)[:, None]
+    for g in range(min(axis.dilation, axis.size)):
+        begin = max(0, -(-(first - g) // axis.dilation))
+        starts.append(torch.arange(begin, axis.group_size(g), rows)[:, None])
+        groups.append(torch.full_like(starts[-1], g))
+    start, group = torch.cat(starts), torch.cat(groups)
     length = axis.group_size(group)
     position = torch.minimum(start + torch.arange(rows), length - 1)
     low, high = axis.interval(position, group)
@@ -196,10 +196,9 @@ def _all_tiles(counts: list[int]) -> list[Tensor]:
 
 def _flat(values: list[Tensor], sides: Iterable[int], of: list[Tensor]) -> Tensor:
     """Row-major index [tiles, entries] from the coordinates [tiles of the axis, entries of the axis]."""
-    found = None
+    found = torch.zeros(len(of[0]), 1, dtype=torch.long)
     for value, side, tiles in zip(values, sides, of, strict=True):
-        one = value[tiles]
-        found = one if found is None else (found[:, :, None] * side + one[:, None, :]).flatten(1)
+        found = (found[:, :, None] * side + value[tiles][:, None, :]).flatten(1)
     return found
 
 
