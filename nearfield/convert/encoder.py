@@ -1,4 +1,4 @@
-"""The main job for encoders: quality is how far features turn, and whether nearest neighbours stay the same."""
+"""The main job for encoders: quality is how far features turn, and whether nearest neighbours stay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F

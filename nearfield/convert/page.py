@@ -12,7 +12,8 @@ from nearfield.convert.report import Conversion, EncoderConversion, word_of
 from nearfield.core.errors import require
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2126 }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #1c2126 }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; width: 100% } th, td { padding: .35rem .6rem; text-align: right }
 th:first-child, td:first-child { text-align: left } tr + tr td, th { border-bottom: 1px solid #d8dde2 }
@@ -105,7 +106,8 @@ def encoder_page(found: EncoderConversion) -> str:
 
 def _verdict(found: Conversion | EncoderConversion) -> str:
     if found.holds:
-        return f'<p class="good">Within the budget of {found.budget:.1%}: the upper end of the interval counts.</p>'
+        words = f"Within the budget of {found.budget:.1%}: the upper end of the interval counts."
+        return f'<p class="good">{words}</p>'
     return f'<p class="bad">Not within the budget of {found.budget:.1%}.</p>'
 
 
@@ -128,7 +130,8 @@ def _document(title: str, parts: list[str]) -> str:
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)} made local</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{escape(title)} made local</title><style>{STYLE}</style></head>\n"
+        f"<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -210,7 +213,7 @@ def frontier(found: Conversion) -> Any:
 
 
 def heat(found: Conversion) -> Any:
-    """A matplotlib figure: mean attention distance by layer and head, and the window of each layer and group."""
+    """A matplotlib figure: mean attention distance by layer and head, and the window of each group."""
     matplotlib = require("matplotlib", extra="plot")
     figure_module = require("matplotlib.figure", extra="plot")
     assert found.planner is not None

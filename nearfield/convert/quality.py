@@ -79,7 +79,7 @@ class Recall:
 
     @property
     def kept(self) -> bool:
-        return self.before - self.after <= 0.01 or self.high >= 0.0
+        return self.before - self.after <= 0.01 + 1e-9 or self.high >= 0.0
 
     def json(self) -> dict[str, Any]:
         return {
@@ -102,8 +102,8 @@ def recall_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
 
 @dataclass(frozen=True)
 class FeatureChange:
-    """How far features moved: mean of 1 - cosine with its interval, and how often the nearest neighbour (among
-    the other inputs' features) stayed the same."""
+    """How far features moved: mean of 1 - cosine with its interval, and how often the nearest neighbour
+    (among all other token features) stayed the same."""
 
     mean: float
     worst: float

@@ -302,9 +302,9 @@ class Planned:
 
         seconds = self.json()["predicted"]["attention_seconds"]
         words = (
-            f"{self.model} at {self.tokens:,} tokens, budget {self.budget:.1%}: attention {seconds['before']:.2f} s → "
-            f"{seconds['after']:.2f} s predicted, added loss {self.choice.damage:.4f} nats per token predicted "
-            "(nothing was converted)"
+            f"{self.model} at {self.tokens:,} tokens, budget {self.budget:.1%}: predicted are "
+            f"{seconds['before']:.2f} s → {seconds['after']:.2f} s of attention and an added loss of "
+            f"{self.choice.damage:.4f} nats per token (nothing was converted)"
         )
         return Group(words, _patterns(self.plan, self.tokens))
 
@@ -360,8 +360,8 @@ def _verdict(found: Conversion) -> str:
         words += " Retrieval was lost."
     if found.quick:
         words += (
-            f"\nThis is the quick form at {found.tokens:,} tokens. The gain grows with length and differs by model:"
-            "\nnext, nearfield convert (8,192 tokens); nearfield plan config.json tells the ceiling."
+            f"\nThis is the quick form at {found.tokens:,} tokens. The gain grows with length and differs by "
+            "model:\nnext, nearfield convert (8,192 tokens); nearfield plan config.json tells the ceiling."
         )
     return words
 

@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 import nearfield
 from nearfield.convert.swap import PLAN, convert, is_transformers
 from nearfield.core.errors import require
+from nearfield.hosts.headers import check_json, check_model
+from nearfield.hosts.packaged import quiet
 from nearfield.plan.pattern import SitePlan, plan_from_json, plan_to_json, read_json
 
 PLAN_FILE = "nearfield.json"
@@ -27,13 +30,13 @@ LONGEST = 64 << 20  # bytes of a nearfield.json that anyone could mean
 def save(
     model: nn.Module, folder: str | Path, *, tokenizer: Any = None, extra: Mapping[str, str] | None = None
 ) -> Path:
-    """The folder, holding a converted transformers model: config.json, model.safetensors, nearfield.json, and the
-    tokenizer. `extra` are further text files by name.
+    """The folder, holding a converted transformers model: config.json, model.safetensors, nearfield.json, and
+    the tokenizer. `extra` are further text files by name.
 
-    Raises `FileExistsError` where the folder holds anything, `OSError` where it cannot be written (a full disk);
-    neither leaves anything behind that could be loaded.
+    Raises `FileExistsError` where the folder holds anything, `OSError` where it cannot be written (a full
+    disk); neither leaves anything behind that could be loaded.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # so that it has a name, whatever it was called
     plan: dict[str, SitePlan] | None = getattr(model, PLAN, None)
     if plan is None:
         raise ValueError(
@@ -41,8 +44,8 @@ def save(
         )
     if not is_transformers(model):
         raise NotImplementedError(
-            f"Saving a converted {type(model).__name__}: only transformers models describe themselves in a config. "
-            "Save its state_dict, and the plan with nearfield.plan.pattern.plan_to_json."
+            f"Saving a converted {type(model).__name__}: only transformers models describe themselves in a "
+            "config. Save its state_dict, and the plan with nearfield.plan.pattern.plan_to_json."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is there and not empty. Choose a new folder, or empty this one.")
@@ -51,7 +54,8 @@ def save(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        model.save_pretrained(unfinished)
+        with quiet():
+            model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         for name, text in (extra or {}).items():
@@ -66,10 +70,10 @@ def save(
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # what safetensors says of a full disk is no OSError
         raise OSError(
-            f"{folder} could not be written ({error.strerror or error}). Nothing was kept there; free some space or "
-            "choose another folder."
+            f"{folder} could not be written ({getattr(error, 'strerror', None) or error}). Nothing was kept "
+            "there; free some space or choose another folder."
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -77,7 +81,7 @@ def save(
 
 
 def load(folder: str | Path) -> nn.Module:
-    """The converted model of a folder, in eval mode, patterns in place. Strict: every weight is there, none is left.
+    """The converted model of a folder, in eval mode, patterns in place. Strict: no weight is missing or left.
 
     Raises `FileNotFoundError` or `ValueError` where the folder holds no whole converted model.
     """
@@ -93,7 +97,7 @@ def load(folder: str | Path) -> nn.Module:
         described = read_json(path.read_bytes())
         if not isinstance(described, dict) or set(described) != {"format", "nearfield", "model", "plan"}:
             raise ValueError("it must hold format, nearfield, model and plan, and nothing else")
-        if described["format"] != FORMAT:
+        if type(described["format"]) is not int or described["format"] != FORMAT:
             raise ValueError(f"its format is {described['format']!r}; this version reads {FORMAT}")
         plan = plan_from_json(described["plan"])
     except (ValueError, TypeError) as error:
@@ -105,23 +109,31 @@ def load(folder: str | Path) -> nn.Module:
 
 def _host(folder: Path, architecture: Any) -> nn.Module:
     transformers = require("transformers", extra="hf")
-    from nearfield.hosts.packaged import check_file
-
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        check_file(path)
+    check_model(folder)
+    named = check_json(folder / "config.json").get("architectures")
+    if named != [architecture]:
+        raise ValueError(
+            f"config.json in {folder} names the model {named!r} and {PLAN_FILE} {architecture!r}. "
+            "They must agree: give a folder as `nearfield convert --out` wrote it."
+        )
     kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"{folder / PLAN_FILE} names the model {architecture!r}, which transformers does not have."
         )
-    model, info = kind.from_pretrained(
-        folder,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype="auto",
-        output_loading_info=True,
-    )
+    try:
+        with quiet():
+            model, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever a foreign parser raises, the reader gets one sentence
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{folder} cannot be opened as a {architecture}: {first}") from error
     wrong = {
         name: sorted(map(str, info[name]))
         for name in ("missing_keys", "unexpected_keys", "mismatched_keys")

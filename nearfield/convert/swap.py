@@ -31,9 +31,9 @@ def convert(
 
         report = convert(model, Neighborhood(1024, is_causal=True, num_sinks=4), where="model.layers.1?.*")
 
-    `pattern_or_plan` is one pattern for all heads of the sites whose names match the glob `where`, or a plan that
-    names sites itself. transformers models need nothing more; for other hosts `example` (arguments of one
-    forward: a mapping, or a sequence) lets their sites be found.
+    `pattern_or_plan` is one pattern for all heads of the sites whose names match the glob `where`, or a plan
+    that names sites itself. transformers models need nothing more; for other hosts `example` (arguments of
+    one forward: a mapping, or a sequence) lets their sites be found.
 
     Raises `ValueError` where nothing matches, or a pattern does not suit a site; then nothing has changed.
     """
@@ -58,6 +58,8 @@ def convert(
         strange = [name for name in plan if found and name not in found]
         if strange:
             raise ValueError(unknown("site", strange[0], found, "The plan belongs to another model."))
+        if not plan:
+            raise ValueError(f"The plan names no site that matches {where!r}. It must name one at least.")
         skipped = {name: "is not in the plan" for name in found if name not in plan}
     local = {name: site for name, site in plan.items() if not site.is_full}
     if getattr(model, PLAN, None) is not None:
@@ -83,7 +85,8 @@ def attention_sites(model: nn.Module, example: Mapping[str, Any] | Sequence[Any]
 
         return transformers.sites(model)
     raise ValueError(
-        f"The attention sites of a {type(model).__name__} show when it runs. Give example=, the arguments of one forward."
+        f"The attention sites of a {type(model).__name__} show when it runs. Give example=, the arguments of "
+        "one forward."
     )
 
 
@@ -101,7 +104,7 @@ def _install(model: nn.Module, plan: dict[str, SitePlan]) -> Any:
 
 
 def default_pattern(site: Site, kernel_size: int | tuple[int, ...]) -> Neighborhood:
-    """What `--to neighborhood --kernel-size K` gives a site: a causal window with sinks, or a window on its grid."""
+    """What `--to neighborhood --kernel-size K` gives a site: a causal window with sinks, or one on a grid."""
     if site.is_causal:
         return Neighborhood(kernel_size, is_causal=True, num_sinks=NUM_SINKS)
     one_dimensional = site.grid is not None and len(site.grid) == 1

@@ -101,8 +101,9 @@ class _Watch:
         if self.backward or not self.inside:
             # a recomputation, or a site that none will reach: these tensors live until its gradient arrives
             self.live[name] = (call, out.detach())
-        if not self.backward and out.requires_grad:
+        if not self.backward:
             self.order.append(name)
+            out.requires_grad_()  # nothing before a first site outside any layer asks for gradients
             out.register_hook(lambda gradient: self.weigh(name, gradient))
         return out
 
