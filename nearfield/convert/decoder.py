@@ -37,7 +37,7 @@ DECODED = 8  # tokens written to time decoding
 
 @dataclass(frozen=True)
 class Trial:
-    """One run on the calibration text: added loss per token (nats), pass keys found, seconds of the prefill."""
+    """One run on the calibration passage: added loss per token (nats), pass keys found, prefill seconds."""
 
     added: float
     answered: int
@@ -82,7 +82,7 @@ class Decoder:
             )
         ]
         self.generator = torch.Generator().manual_seed(seed)
-        self.before: Reading | None = None
+        self._before: Reading | None = None
 
     def candidates(self, site: Site) -> list[Neighborhood]:
         """Causal windows of 64, 128, … up to half the tokens, each with the first tokens as sinks."""
@@ -115,8 +115,6 @@ class Decoder:
     def trial(self) -> Trial:
         """The model as it now is, on the calibration passage, against how it was."""
         reading = read(self.model, self.ids)
-        if self.before is None:
-            self.before = reading
         first = self.tokens // 2
         text_part = slice(0, self.passage.text_end - first)
         added = (reading.losses[text_part].double() - self.before.losses[text_part].double()).mean()
@@ -128,8 +126,15 @@ class Decoder:
         first = self.tokens // 2
         return sum(all(reading.right[at - first] for at in answer) for answer in self.passage.answers)
 
+    @property
+    def before(self) -> Reading:
+        """The passage as the unconverted model reads it; ask before converting, or after `damages`."""
+        if self._before is None:
+            self._before = read(self.model, self.ids)
+        return self._before
+
     def _keep(self, reading: Reading) -> None:
-        self.before = reading
+        self._before = reading
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def _summed_loss(model: nn.Module, *, ids: Tensor, first: int, keep: Callable[[R
 
 @dataclass(frozen=True)
 class Asked:
-    """Answers to the questions of one prompt; what its cache held; tokens a second of one sequence's decoding."""
+    """Answers to the questions of one prompt; bytes its cache held; tokens a second when decoding."""
 
     right: list[bool]
     cache_bytes: int = 0
@@ -216,8 +221,8 @@ class Asked:
 
 
 def ask(model: nn.Module, prompt: recall.Prompt, *, decode: bool = False) -> Asked:
-    """Whether greedy decoding writes each answer: the context is read once into a cache, and every token of an
-    answer must be the likeliest one behind the question and the tokens before it."""
+    """Whether greedy decoding writes each answer: the context is read once into a cache, and every token of
+    an answer must be the likeliest one behind the question and the tokens before it."""
     from transformers import DynamicCache
 
     from nearfield.hosts.transformers import cache_bytes

@@ -1,7 +1,8 @@
 """`nearfield convert`: measure every attention site, plan within a quality budget, swap, compare, save.
 
-The plan is made on a calibration passage (text that hides pass keys), tried there, and judged on text and lookup
-prompts that it never saw. A plan that is judged over the budget is tightened and judged again; how often is said.
+The plan is made on a calibration passage (text that hides pass keys), tried there, and judged on text and
+lookup prompts that it never saw. A plan that is judged over the budget is tightened and judged again; how
+often is said.
 """
 
 from __future__ import annotations
@@ -49,11 +50,15 @@ def run(
 ) -> Conversion | EncoderConversion:
     """The main job: MODEL made local within `budget`, and what that changed.
 
-    `to` is "auto", "neighborhood" (one pattern of `kernel_size` everywhere) or a plan's JSON file; `budget` the
-    largest relative rise of perplexity (for encoders: mean 1 - cosine of features). `out`, if given, receives
-    the converted model, report.json and report.html.
+    `to` is "auto", "neighborhood" (one pattern of `kernel_size` everywhere) or a plan's JSON file; `budget`
+    the largest relative rise of perplexity (for encoders: mean 1 - cosine of features). `out`, if given,
+    receives the converted model, report.json and report.html.
     """
     share = _share(budget)
+    if (to == "neighborhood") != (kernel_size is not None):
+        raise ValueError(
+            f"to={to!r} with kernel_size={kernel_size!r}: `neighborhood` and a size belong together."
+        )
     tell = progress or (lambda what, done, total: None)
     if out is not None:
         _check_out(Path(out))
@@ -63,15 +68,16 @@ def run(
     if opened.kind != "decoder":
         from nearfield.convert.encoder import run as run_encoder
 
-        found = run_encoder(
+        found: Conversion | EncoderConversion = run_encoder(
             opened,
             to=to,
             budget=share,
-            text=text,
+            source=text,
             tokens=tokens,
             quick=quick,
             kernel_size=kernel_size,
             tell=tell,
+            read_plan=_read_plan,
         )
     else:
         job = _Job(opened, text or "python", _tokens(opened.model, tokens, quick), share, quick, seed, tell)
@@ -96,7 +102,7 @@ def plan_only(
     tell("load the model", 1, 1)
     if opened.kind != "decoder":
         raise NotImplementedError(
-            f"Planning for a {opened.kind} without converting it. `nearfield convert {model}` plans and shows it."
+            f"Planning a {opened.kind} without converting it. `nearfield convert {model}` plans and shows."
         )
     share = _share(budget)
     job = _Job(opened, text or "python", _tokens(opened.model, tokens, False), share, False, 0, tell)
@@ -168,6 +174,7 @@ class _Job:
         )
 
     def _everywhere(self, kernel_size: int | tuple[int, ...] | None) -> dict[str, SitePlan]:
+        assert kernel_size is not None  # the command line's rule, and run's
         return {
             site.name: SitePlan.uniform(site.name, site.num_kv_heads, default_pattern(site, kernel_size))
             for site in attention_sites(self.model)

@@ -21,7 +21,7 @@ Clock = Callable[[Neighborhood | None], float]
 
 
 def clock(site: Site, tokens: int, head_dim: int, *, repeats: int = 3) -> Clock:
-    """Seconds of attention of one key/value-head group of a site at this length, measured here, by pattern."""
+    """Seconds of attention of one key/value-head group of a site, by pattern, measured here."""
     heads = site.num_heads // site.num_kv_heads
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, tokens, heads, head_dim, generator=generator)
@@ -68,8 +68,7 @@ def planner_of(
 class Planner:
     """Chooses a pattern per site and key/value-head group out of `damages`.
 
-    `caution` multiplies predictions (a trial showed them too low or too high), `recall_weight` is how many nats
-    of text loss one nat of answer loss counts for.
+    `recall_weight` is how many nats of text loss one nat of answer loss counts for.
     """
 
     damages: Sequence[SiteDamage]
@@ -97,7 +96,7 @@ class Planner:
         return self.plan(choice.patterns(options)), choice
 
     def plan(self, patterns: Sequence[Neighborhood | None]) -> dict[str, SitePlan]:
-        """Patterns in the order of the (site, group) items, as site plans; heads of one pattern form one group."""
+        """Patterns in the order of the (site, group) items, as site plans; heads of one pattern are a group."""
         found, at = {}, 0
         for damage in self.damages:
             site = damage.site

@@ -77,7 +77,16 @@ def sensitivity(
 class _Watch:
     """The handler: full attention, and, once its gradient is known, the damage of each candidate."""
 
-    def __init__(self, candidates, rows, answer_rows, needle, num_blocks, generator, progress):
+    def __init__(
+        self,
+        candidates: Callable[[Site], Sequence[Neighborhood]],
+        rows: range,
+        answer_rows: tuple[int, ...],
+        needle: tuple[int, ...],
+        num_blocks: int,
+        generator: torch.Generator | None,
+        progress: Callable[[int, int], None] | None,
+    ):
         self.candidates, self.rows, self.answer_rows, self.needle = candidates, rows, answer_rows, needle
         self.progress = progress
         self.starts, self.share = _sample(rows, num_blocks, generator)
