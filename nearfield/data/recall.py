@@ -60,19 +60,26 @@ class Passage:
 
 
 def passkey(haystack: Sequence[int], tokenizer: Any, *, tokens: int, generator: Random) -> Passage:
-    """`tokens` of text that hides three pass keys and ends in a question and answer on each."""
-    doors = ("red", "green", "black")
+    """`tokens` of text that hides four pass keys and ends in a question and answer on each."""
+    doors = ("red", "green", "black", "white")
     numbers = [str(generator.randrange(10_000, 100_000)) for _ in doors]
     prompt = _hide(
         haystack,
         tokenizer,
         tokens,
         [
-            (f"\nRemember: the pass key of the {door} door is ", number, ".\n")
+            (
+                f"\nThe pass key of the {door} door is ",
+                number,
+                f". Remember it: {number} opens the {door} door.\n",
+            )
             for door, number in zip(doors, numbers, strict=True)
         ],
-        [f"\n\nWhat is the pass key of the {door} door? It is " for door in doors],
-        [0.1, 0.35, 0.6],
+        [
+            f"\n\nWhat is the pass key of the {door} door? The pass key of the {door} door is "
+            for door in doors
+        ],
+        [0.1, 0.3, 0.5, 0.7],
         generator,
         ask_all=True,
     )
