@@ -58,7 +58,7 @@ def table(found: tuple[Card, ...], folder: str) -> str:
 
 def page(card: Card) -> str:
     """One system: what it is, what it offers, what it claims and what was found."""
-    found = outcomes(card)
+    found, made = outcomes(card)
     lines = [
         f"# {card.title}",
         "",
@@ -81,7 +81,10 @@ def page(card: Card) -> str:
         for claim in card.claims:
             cells = (f"`{claim.id}`", claim.paper, claim.expect, found.get(claim.id, "not yet shown"))
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
-        lines.append("")
+        lines += ["", *([f"Found on {made}.", ""] if made else [])]
+        for claim in card.claims:
+            if (RESULTS / f"{card.slug}-{claim.id}.svg").is_file():
+                lines += [f"![{claim.id}](../../bench/systems/{card.slug}-{claim.id}.svg)", ""]
     if card.departs:
         lines += [
             "## Where it departs from the paper or its code",
@@ -92,11 +95,11 @@ def page(card: Card) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def outcomes(card: Card) -> dict[str, str]:
-    """What the committed results say of each claim, in words."""
+def outcomes(card: Card) -> tuple[dict[str, str], str]:
+    """What the committed results say of each claim, in words, and where they were made."""
     path = RESULTS / f"{card.slug}.json"
     if not path.is_file():
-        return {}
+        return {}, ""
     document = json.loads(path.read_text(encoding="utf-8"))
     made = document["made"]
     words = {}
@@ -104,8 +107,9 @@ def outcomes(card: Card) -> dict[str, str]:
         verdict = {True: "Holds", False: "Does not hold", None: "Not decided"}[claim["holds"]]
         skipped = f" Skipped: {claim['skipped']}." if claim["skipped"] else ""
         found = f": {claim['found']}." if claim["found"] else "."
-        words[claim["id"]] = f"{verdict}{found}{skipped} ({made['machine']}, {made['date'][:10]})"
-    return words
+        words[claim["id"]] = f"{verdict}{found}{skipped}"
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return words, f"{made['machine']}; {versions}; {made['date'][:10]}; {document['mode']} form"
 
 
 def picture() -> str:
