@@ -37,9 +37,11 @@ DECODED = 8  # tokens written to time decoding
 
 @dataclass(frozen=True)
 class Trial:
-    """One run on the calibration passage: added loss per token (nats), pass keys found, prefill seconds."""
+    """One run on the calibration passage: loss added per token of text and per token of the pass keys (nats),
+    pass keys found, prefill seconds."""
 
     added: float
+    added_to_answers: float
     answered: int
     seconds: float
 
@@ -116,9 +118,10 @@ class Decoder:
         """The model as it now is, on the calibration passage, against how it was."""
         reading = read(self.model, self.ids)
         first = self.tokens // 2
-        text_part = slice(0, self.passage.text_end - first)
-        added = (reading.losses[text_part].double() - self.before.losses[text_part].double()).mean()
-        return Trial(float(added), self.answered(reading), reading.seconds)
+        added = reading.losses.double() - self.before.losses.double()
+        on_answers = added[[at - first for answer in self.passage.answers for at in answer]]
+        on_text = added[: self.passage.text_end - first]
+        return Trial(float(on_text.mean()), float(on_answers.mean()), self.answered(reading), reading.seconds)
 
     def answered(self, reading: Reading | None = None) -> int:
         """Pass keys that a reading of the passage got right; of the unconverted model if none is given."""

@@ -26,10 +26,11 @@ from nearfield.plan.pattern import SitePlan, plan_from_json, read_json
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
-TRIALS = 3  # real runs on the calibration passage before the judgement
+TRIALS = 3  # real runs of whole plans on the calibration passage, before the judgement
 JUDGEMENTS = 4  # of ever more careful plans, before giving up
 AIM = 0.6  # share of the budget that a plan is to use on the calibration passage: held-out text differs
 LEAST_TOKENS = 512  # below, prompts of an eighth of that leave no text around their keys
+ANSWER_LIMIT = 0.1  # nats per token of a pass key that a plan may add on the calibration passage
 RECALL_WEIGHT = 0.1  # nats of text loss that a nat of answer loss counts for, at first
 
 Tell = Callable[[str, float, float], None]
@@ -146,14 +147,13 @@ class _Job:
             plan = self._everywhere(kernel_size)
         elif to == "auto":
             planner = self.planner()
-            plan, _ = planner.choose(AIM * log1p(self.budget))
-            plan = self._tried(planner, plan)
+            plan = self._tried(planner)
         else:
             plan = _read_plan(Path(to))
         judgement, before = self._judge(plan, None)
         judgements = 1
         while planner is not None and not judgement.holds(self.budget) and judgements < JUDGEMENTS:
-            plan = self._tightened(planner, judgement)
+            plan = self._tightened(planner, judgement, judgements)
             judgement, before = self._judge(plan, before)
             judgements += 1
         points = self._controls(planner, plan, judgement) if planner is not None else []
@@ -187,34 +187,46 @@ class _Job:
         finally:
             report.restore()
             self.trials += 1
-            self.tell("try plans", self.trials, max(self.trials, TRIALS))
+            self.tell("try plans", self.trials, max(self.trials, TRIALS + 2))
 
-    def _tried(self, planner: Planner, plan: dict[str, SitePlan]) -> dict[str, SitePlan]:
-        """The fastest plan that held in up to `TRIALS` real runs on the calibration passage."""
+    def _tried(self, planner: Planner) -> dict[str, SitePlan]:
+        """The fastest plan that held in real runs on the calibration passage, or the most careful one tried."""
         limit = log1p(self.budget)
-        right_before = self.task.answered()
-        budget, held = AIM * limit, None
+        self._calibrate(planner)
+        self.predicted = AIM * limit
+        plan, held = planner.choose(self.predicted)[0], None
         for _ in range(TRIALS):
             trial = self._try(plan)
-            if trial.answered < right_before:
-                planner.recall_weight *= 4
-            share = trial.added / limit
-            if share <= AIM * 1.15 and trial.answered >= right_before:
+            share = trial.added / (AIM * limit)
+            remembers = trial.added_to_answers <= ANSWER_LIMIT
+            if share <= 1.15 and remembers:
                 held = plan
-                if share >= AIM * 0.75:
+                if share >= 0.8:
                     break
-            # steps of at most three: the damage of many groups together does not add up exactly
-            budget *= min(max(AIM * limit / max(trial.added, 1e-6), 1 / 3), 3.0)
-            plan, _ = planner.choose(budget)
-        self.predicted = budget
+            if not remembers:
+                planner.recall_weight *= 4
+            self.predicted *= min(max(1 / max(share, 1e-6), 1 / 3), 1.5)
+            plan = planner.choose(self.predicted)[0]
         return held or plan
 
-    def _tightened(self, planner: Planner, judgement: Judgement) -> dict[str, SitePlan]:
+    def _calibrate(self, planner: Planner) -> None:
+        """Scales predictions for the earlier and for the later half of the sites by one real run of each."""
+        plan = planner.choose(AIM * log1p(self.budget))[0]
+        names = [damage.site.name for damage in planner.damages]
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            part = {name: plan[name] for name in half}
+            predicted = planner.predicted(part)[0]
+            if predicted > 0:
+                ratio = self._try(part).added / predicted
+                planner.scale.update(dict.fromkeys(half, min(max(ratio, 0.25), 4.0)))
+
+    def _tightened(self, planner: Planner, judgement: Judgement, judgements: int) -> dict[str, SitePlan]:
+        """A more careful plan; ever more so, and at last full attention, which always holds."""
         over = max(log1p(max(judgement.perplexity.high, 0.0)) / log1p(self.budget), 1.0)
         self.predicted *= 0.8 / over
         if not judgement.recall.kept:
             planner.recall_weight *= 4
-        return planner.choose(self.predicted)[0]
+        return planner.choose(self.predicted if judgements < JUDGEMENTS - 1 else 0.0)[0]
 
     def _judge(self, plan: Mapping[str, SitePlan], known: Judged | None) -> tuple[Judgement, Judged]:
         holder: list[Any] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
 from nearfield.hosts.local import attend
 from nearfield.hosts.seam import Site
@@ -67,18 +68,22 @@ def planner_of(
 class Planner:
     """Chooses a pattern per site and key/value-head group out of `damages`.
 
-    `recall_weight` is how many nats of text loss one nat of answer loss counts for.
+    `recall_weight` is how many nats of text loss one nat of answer loss counts for. `scale` multiplies what is
+    predicted of a site, by name: trials show where the second order says too much (early layers, whose
+    errors later ones undo) and where too little (late ones, whose tokens are predicted too surely to have a
+    gradient).
     """
 
     damages: Sequence[SiteDamage]
     clocks: Sequence[Clock]
     recall_weight: float = 0.0
+    scale: dict[str, float] = field(default_factory=dict)
 
     def options(self) -> list[list[Option]]:
         """Per (site, group): every candidate, and full attention at no damage."""
         found = []
         for site, seconds in zip(self.damages, self.clocks, strict=True):
-            total = site.damage + self.recall_weight * site.recall
+            total = self.weighed(site)
             full = Option(None, 0.0, seconds(None))
             for group in range(site.site.num_kv_heads):
                 local = [
@@ -88,6 +93,10 @@ class Planner:
                 found.append([full, *(option for option in local if option.seconds < full.seconds)])
         return found
 
+    def weighed(self, site: SiteDamage) -> Tensor:
+        """Damage `[group, candidate]` as the choice weighs it."""
+        return self.scale.get(site.site.name, 1.0) * site.damage + self.recall_weight * site.recall
+
     def choose(self, budget: float) -> tuple[dict[str, SitePlan], Choice]:
         """The fastest plan whose predicted damage is within `budget` (nats per token)."""
         options = self.options()
@@ -95,7 +104,7 @@ class Planner:
         return self.plan(choice.patterns(options)), choice
 
     def plan(self, patterns: Sequence[Neighborhood | None]) -> dict[str, SitePlan]:
-        """Patterns in the order of the (site, group) items, as site plans; heads of one pattern are a group."""
+        """Patterns in the order of the (site, group) items, as site plans; heads of a pattern form one group."""
         found, at = {}, 0
         for damage in self.damages:
             site = damage.site
@@ -108,17 +117,17 @@ class Planner:
             found[site.name] = SitePlan(site.name, groups)
         return found
 
-    def predicted(self, plan: dict[str, SitePlan]) -> tuple[float, float]:
-        """Damage and seconds of attention that are predicted for a plan."""
-        damage = seconds = 0.0
+    def predicted(self, plan: Mapping[str, SitePlan]) -> tuple[float, float]:
+        """Text loss added per token, and seconds of attention, that are predicted for a plan."""
+        added = seconds = 0.0
         for site, clock_ in zip(self.damages, self.clocks, strict=True):
             for group in range(site.site.num_kv_heads):
-                pattern = plan[site.site.name].pattern_of(group)
+                pattern = plan[site.site.name].pattern_of(group) if site.site.name in plan else None
                 seconds += clock_(pattern)
                 if pattern in site.candidates:
                     at = site.candidates.index(pattern)
-                    damage += float(site.damage[group, at] + self.recall_weight * site.recall[group, at])
-        return damage, seconds
+                    added += self.scale.get(site.site.name, 1.0) * float(site.damage[group, at])
+        return added, seconds
 
     def uniform(self, pattern: Neighborhood) -> dict[str, SitePlan]:
         """Every group on one pattern."""
@@ -143,10 +152,7 @@ class Planner:
             return items
         score = torch.cat(
             [
-                site.needle_mass
-                if by == "needle"
-                else site.damage[:, site.candidates.index(pattern)]
-                + self.recall_weight * site.recall[:, site.candidates.index(pattern)]
+                site.needle_mass if by == "needle" else self.weighed(site)[:, site.candidates.index(pattern)]
                 for site in self.damages
             ]
         )
