@@ -14,7 +14,7 @@ VENV := .venv
 PARITY := .venv-parity
 INPUTS := pyproject.toml constraints.txt demo-data.txt
 
-.PHONY: demo test check-parity check-native check-shapes lint clean
+.PHONY: demo test check-parity check-native lint clean
 
 demo: $(VENV)/.installed  ## a real language model becomes local: table, picture, report
 	$(VENV)/bin/nearfield convert --quick
@@ -31,9 +31,6 @@ check-native: $(VENV)/.installed  ## sanitizers and wide sweeps over the C++ ker
 
 check-parity: $(PARITY)/.installed  ## against NATTEN, timm and official code, in an environment of their own
 	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
-
-check-shapes: $(VENV)/.installed  ## the suite with every shape annotation checked at run time
-	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype -m "not compile" $(ARGS)
 
 lint: $(VENV)/.installed  ## style, types of names, order of imports, derived pages
 	$(VENV)/bin/ruff check .
