@@ -166,7 +166,7 @@ def read(model: nn.Module, ids: Int64[Tensor, "1 n"]) -> Reading:
     return Reading(torch.cat(losses), right, seconds)
 
 
-def _states(model: nn.Module, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _states(model: Any, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The decoder's last hidden states of a prefill, and the map from them to logits.
 
     Raises `NotImplementedError` for a model whose own last logits that map does not give.

@@ -190,7 +190,7 @@ class _Job:
             self.tell("try plans", self.trials, max(self.trials, TRIALS + 2))
 
     def _tried(self, planner: Planner) -> dict[str, SitePlan]:
-        """The fastest plan that held in real runs on the calibration passage, or the most careful one tried."""
+        """The fastest plan that held in real runs on the calibration passage, or the last one tried."""
         limit = log1p(self.budget)
         self._calibrate(planner)
         self.predicted = AIM * limit

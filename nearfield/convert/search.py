@@ -68,10 +68,9 @@ def planner_of(
 class Planner:
     """Chooses a pattern per site and key/value-head group out of `damages`.
 
-    `recall_weight` is how many nats of text loss one nat of answer loss counts for. `scale` multiplies what is
-    predicted of a site, by name: trials show where the second order says too much (early layers, whose
-    errors later ones undo) and where too little (late ones, whose tokens are predicted too surely to have a
-    gradient).
+    `recall_weight` is how many nats of text loss one nat of answer loss counts for. `scale` multiplies what
+    is predicted of a site, by name: trials show where the second order says too much (early layers, whose
+    errors later ones undo) and where too little (late ones, whose tokens are too sure to have a gradient).
     """
 
     damages: Sequence[SiteDamage]
@@ -104,7 +103,7 @@ class Planner:
         return self.plan(choice.patterns(options)), choice
 
     def plan(self, patterns: Sequence[Neighborhood | None]) -> dict[str, SitePlan]:
-        """Patterns in the order of the (site, group) items, as site plans; heads of a pattern form one group."""
+        """Site plans from patterns in the order of the (site, group) items."""
         found, at = {}, 0
         for damage in self.damages:
             site = damage.site
