@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from nearfield.hosts.packaged import Packaged
 from nearfield.hosts.seam import Site
 from nearfield.measure.sensitivity import SiteDamage, sensitivity
 from nearfield.ops.neighborhood import Neighborhood
+from nearfield.ops.neighborhood.geometry import Border
 from nearfield.plan.pattern import SitePlan
 
 HELD_OUT, QUICK_HELD_OUT = 6, 3
@@ -34,11 +35,11 @@ Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Inputs_:
+class Given:
     """Calibration and held-out inputs of one kind, each the keyword arguments of one forward."""
 
     calibration: Inputs
-    held_out: list[Inputs]
+    held_out: Sequence[Inputs]
     name: str
 
 
@@ -99,19 +100,20 @@ def candidates(site: Site) -> list[Neighborhood]:
     """Windows for a site of an encoder: squares on a grid, centred runs on text, up to most of the side."""
     grid = site.grid or ()
     sizes = [5, 7, 9, 13, 19, 25, 31, 45] if len(grid) > 1 else [17, 33, 65, 129, 257, 513]
-    border = "truncate" if len(grid) == 1 else "shift"
+    border: Border = "truncate" if len(grid) == 1 else "shift"
     return [Neighborhood(size, border=border) for size in sizes if grid and size < min(grid)]
 
 
-def _inputs(opened: Packaged, source: str | None, tokens: int | None, held_out: int) -> Inputs_:
+def _inputs(opened: Packaged, source: str | None, tokens: int | None, held_out: int) -> Given:
+    config: Any = opened.model.config
     if opened.kind == "image-encoder":
         if source is not None or tokens is not None:
             raise ValueError("--text and --tokens are for models of text; this one looks at pictures.")
-        size = opened.model.config.image_size
+        size = config.image_size
         shown = pictures.tensors(size, held_out + 1)
         inputs = [{"pixel_values": picture[None]} for picture in shown]
-        return Inputs_(inputs[0], inputs[1:], "pictures")
-    most = opened.model.config.max_position_embeddings
+        return Given(inputs[0], inputs[1:], "pictures")
+    most = config.max_position_embeddings
     length = tokens or most
     if length > most:
         raise ValueError(
@@ -121,7 +123,7 @@ def _inputs(opened: Packaged, source: str | None, tokens: int | None, held_out: 
     found = text.split(
         text.documents(source), opened.processor, tokens=length, num_calibration=1, num_held_out=held_out
     )
-    return Inputs_(
+    return Given(
         {"input_ids": found.calibration},
         [{"input_ids": ids[None]} for ids in found.held_out],
         f"{source} text",
@@ -139,15 +141,17 @@ def _damages(model: nn.Module, inputs: Inputs, tell: Callable[[str, float, float
     total: list[SiteDamage] = []
     for probe in range(PROBES):
         generator = torch.Generator().manual_seed(probe)
+
+        def done(sites_done: int, sites: int, before: int = probe) -> None:
+            tell("measure attention", before * sites + sites_done, PROBES * sites)
+
         found = sensitivity(
             model,
             partial(_projected, inputs=inputs, generator=generator),
             candidates,
             rows=range(length),
             generator=generator,
-            progress=lambda done, sites, probe=probe: tell(
-                "measure attention", probe * sites + done, PROBES * sites
-            ),
+            progress=done,
         )
         for site in found:
             site.damage.div_(length * PROBES)
@@ -168,7 +172,7 @@ def _projected(model: nn.Module, *, inputs: Inputs, generator: torch.Generator) 
 def _judge(
     model: nn.Module,
     plan: Mapping[str, SitePlan],
-    held_out: list[Inputs],
+    held_out: Sequence[Inputs],
     before: list[Tensor],
     tell: Callable[[str, float, float], None],
 ) -> tuple[FeatureChange, tuple[list[float], list[float]]]:

@@ -64,7 +64,7 @@ def run(
     if out is not None:
         _check_out(Path(out))
     tell("load the model", 0, 1)
-    opened = _open(model or DEFAULT_MODEL)
+    opened = packaged.find(model or DEFAULT_MODEL)
     tell("load the model", 1, 1)
     if opened.kind != "decoder":
         from nearfield.convert.encoder import run as run_encoder
@@ -99,7 +99,7 @@ def plan_only(
     """The plan that `run` would take, from predictions alone: nothing is converted or judged."""
     tell = progress or (lambda what, done, total: None)
     tell("load the model", 0, 1)
-    opened = _open(model)
+    opened = packaged.find(model)
     tell("load the model", 1, 1)
     if opened.kind != "decoder":
         raise NotImplementedError(
@@ -294,13 +294,6 @@ def _tokens(model: nn.Module, tokens: int | None, quick: bool) -> int:
         limit = f"{LEAST_TOKENS:,} to {most:,}" if most is not None else f"at least {LEAST_TOKENS:,}"
         raise ValueError(f"--tokens {wanted:,} is outside what can be judged with this model: {limit}.")
     return wanted
-
-
-def _open(model: str) -> packaged.Packaged:
-    """A packaged model by name, or one at a path or in the hub's local cache."""
-    if model in packaged.names():
-        return packaged.load(model)
-    return packaged.open_local(model)
 
 
 def _read_plan(path: Path) -> dict[str, SitePlan]:

@@ -142,8 +142,9 @@ class Conversion:
         before, after = self.seconds
         ppl, recall = judged.perplexity, judged.recall
         table = Table(title=f"{self.model} made local at {self.tokens:,} tokens")
-        for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-            table.add_column(name, justify=justify)
+        table.add_column("")
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
         table.add_row(
             f"perplexity, last half of {len(ppl.slices)} held-out slices",
             f"{ppl.before:.3f}",

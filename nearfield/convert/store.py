@@ -28,7 +28,7 @@ LONGEST = 64 << 20  # bytes of a nearfield.json that anyone could mean
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, tokenizer: Any = None, extra: Mapping[str, str] | None = None
+    model: Any, folder: str | Path, *, tokenizer: Any = None, extra: Mapping[str, str] | None = None
 ) -> Path:
     """The folder, holding a converted transformers model: config.json, model.safetensors, nearfield.json, and
     the tokenizer. `extra` are further text files by name.
@@ -116,14 +116,15 @@ def _host(folder: Path, architecture: Any) -> nn.Module:
             f"config.json in {folder} names the model {named!r} and {PLAN_FILE} {architecture!r}. "
             "They must agree: give a folder as `nearfield convert --out` wrote it."
         )
-    kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    kind: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(
             f"{folder / PLAN_FILE} names the model {architecture!r}, which transformers does not have."
         )
     try:
         with quiet():
-            model, info = kind.from_pretrained(
+            host: Any = kind
+            model, info = host.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -97,10 +97,12 @@ def is_transformers(model: nn.Module) -> bool:
 
 def _install(model: nn.Module, plan: dict[str, SitePlan]) -> Any:
     if is_transformers(model):
-        from nearfield.hosts import transformers as host
-    else:
-        from nearfield.hosts import torch_nn as host
-    return host.install(model, plan)
+        from nearfield.hosts import transformers
+
+        return transformers.install(model, plan)
+    from nearfield.hosts import torch_nn
+
+    return torch_nn.install(model, plan)
 
 
 def default_pattern(site: Site, kernel_size: int | tuple[int, ...]) -> Neighborhood:

@@ -12,5 +12,7 @@ def per_dim(name: str, value: T | Iterable[T], rank: int) -> tuple[T, ...]:
         return (value,) * rank
     entries = tuple(value)
     if len(entries) != rank:
-        raise ValueError(f"{name}={entries} has {len(entries)} entries for {rank} dimensions. Give one, or {rank}.")
+        raise ValueError(
+            f"{name}={entries} has {len(entries)} entries for {rank} dimensions. Give one, or {rank}."
+        )
     return entries

@@ -23,4 +23,5 @@ def require(module: str, *, extra: str = "", package: str = "") -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise  # the module is there; something that it needs is not
         wanted = package or f"'nearfield[{extra}]'"
-        raise MissingPackage(f"This needs the package {module.partition('.')[0]}: pip install {wanted}") from None
+        name = module.partition(".")[0]
+        raise MissingPackage(f"This needs the package {name}: pip install {wanted}") from None

@@ -116,7 +116,7 @@ def _without_shared(tokens: list[int], other: Sequence[int]) -> list[int]:
     """`tokens` without any run of `GRAM` that `other` has; repeated, since a cut joins what was apart."""
     forbidden = _grams(other)
     while True:
-        drop = set()
+        drop: set[int] = set()
         for i in range(len(tokens) - GRAM + 1):
             if tuple(tokens[i : i + GRAM]) in forbidden:
                 drop.update(range(i, i + GRAM))

@@ -97,6 +97,22 @@ def load(name: str) -> Packaged:
     return Packaged(name, kind, model.eval(), processor, source)
 
 
+def find(model: str) -> Packaged:
+    """A model as a user names it: a packaged one, a folder, a GGUF file, or a hub name on this machine.
+
+    Raises `ValueError` with the nearest right names where there is none.
+    """
+    if model in NAMES:
+        return load(model)
+    if Path(model).exists() or _cached(model):
+        return open_local(model)
+    near = get_close_matches(model, NAMES, n=1, cutoff=0.4)
+    raise ValueError(
+        f"There is no model {model!r} on this machine. Give a folder, a GGUF file, a hub name after "
+        f"`hf download NAME`, or one of {', '.join(NAMES)}." + (f" Did you mean {near[0]!r}?" if near else "")
+    )
+
+
 def open_local(path: str | Path) -> Packaged:
     """The model of a folder (config.json and safetensors), a GGUF file, or a hub name on this machine.
 

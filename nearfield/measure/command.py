@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nearfield.data import pictures
@@ -38,13 +36,13 @@ def run(
     """
     tell = progress or (lambda what, done, total: None)
     tell("load the model", 0, 1)
-    opened = load(model)
+    opened = packaged.find(model)
     host: Any = opened.model
     tell("load the model", 1, 1)
     inputs: dict[str, Any] = {}
     if opened.kind == "image-encoder":
         _refuse("pictures", text=text, tokens=tokens)
-        inputs["pixel_values"] = picture(image, host.config.image_size)
+        inputs["pixel_values"] = pictures.tensor(image or pictures.shipped()[0], host.config.image_size)[None]
     else:
         _refuse("text", image=image)
         inputs["input_ids"] = token_ids(opened.processor, host.config, tokens, text)
@@ -61,24 +59,6 @@ def run(
     if out is not None:
         locality.save(out)
     return locality
-
-
-def load(model: str) -> packaged.Packaged:
-    """A model by the name of a packaged one, by its path, or by a hub name that was downloaded before."""
-    if model in packaged.NAMES:
-        return packaged.load(model)
-    if Path(model).exists():
-        return packaged.open_local(model)
-    hub = require("huggingface_hub", extra="hf")
-    try:
-        return packaged.open_local(hub.snapshot_download(model, local_files_only=True))
-    except (OSError, hub.errors.HFValidationError) as error:
-        near = get_close_matches(model, packaged.NAMES, n=1, cutoff=0.4)
-        raise ValueError(
-            f"There is no model {model!r} on this machine. Give a folder, a hub name after "
-            f"`hf download NAME`, or one of {', '.join(packaged.NAMES)}."
-            + (f" Did you mean {near[0]!r}?" if near else "")
-        ) from error
 
 
 def token_ids(tokenizer: Any, config: Any, tokens: int | None, text: str | None) -> Tensor:

@@ -198,8 +198,8 @@ def _moved(
 class _View:
     """What some query rows see, the same for every layer: made once.
 
-    `rings[i]` is what candidate i shows beyond the one before, as (columns, mask) pieces, and whether it shows
-    all that the one before did: nested windows are then summed outwards, each key once.
+    `rings[i]` is what candidate i shows beyond the one before, as (columns, mask) pieces, and whether it
+    shows all that the one before did: nested windows are then summed outwards, each key once.
     """
 
     future: Tensor | None
