@@ -169,6 +169,7 @@ class _Job:
             plan=plan,
             planner=planner,
             points=points,
+            passkeys=len(self.task.passage.answers),
             quick=self.quick,
             report=report,
         )
@@ -259,7 +260,7 @@ class _Job:
         tries = {
             "the plan": ("plan", plan),
             f"uniform {wide.kernel_size}": ("uniform", planner.uniform(wide)),
-            f"uniform {narrow.kernel_size}": ("uniform", planner.uniform(narrow)),
+            f"uniform {narrow.kernel_size}": ("narrow", planner.uniform(narrow)),
         }
         for by in ("random", "needle", "sensitivity"):
             order = planner.ranked(by, narrow, seed=self.seed)[: max(kept, 1)]

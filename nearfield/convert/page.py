@@ -25,6 +25,7 @@ MARKS = {  # kind of point -> marker, colour (Okabe and Ito: told apart without 
     "full": ("s", "#000000"),
     "plan": ("*", "#D55E00"),
     "uniform": ("o", "#0072B2"),
+    "narrow": ("o", "#56B4E9"),
     "random": ("x", "#999999"),
     "needle": ("^", "#009E73"),
     "sensitivity": ("D", "#CC79A7"),
@@ -74,7 +75,8 @@ def page(found: Conversion) -> str:
         except ImportError as error:
             parts.append(f'<p class="note">Pictures are left out. {escape(str(error))}</p>')
         controls = [
-            (p.name, f"{p.seconds:.2f}", f"{expm1(p.added):+.2%}", str(p.answered)) for p in found.points
+            (p.name, f"{p.seconds:.2f}", f"{expm1(p.added):+.2%}", f"{p.answered} of {found.passkeys}")
+            for p in found.points
         ]
         parts += [
             "<h2>Other plans, one run each on the calibration passage</h2>",
@@ -176,40 +178,26 @@ def frontier(found: Conversion) -> Any:
     """A matplotlib figure: prefill seconds against added perplexity of the plan and of the controls."""
     require("matplotlib", extra="plot")
     figure_module = require("matplotlib.figure", extra="plot")
-    figure = figure_module.Figure(figsize=(8, 4.2), layout="constrained")
+    figure = figure_module.Figure(figsize=(9.5, 4.2), layout="constrained")
     axes = figure.subplots()
+    asked = found.passkeys
     for point in found.points:
         marker, colour = MARKS[point.kind]
-        change = 100 * expm1(point.added)
         axes.scatter(
             point.seconds,
-            change,
+            100 * expm1(point.added),
             marker=marker,
             color=colour,
-            s=150 if point.kind == "plan" else 60,
+            s=170 if point.kind == "plan" else 60,
             zorder=3,
+            label=f"{point.name} ({point.answered} of {asked} pass keys)",
         )
-        axes.annotate(
-            f"{point.name}, {point.answered} keys",
-            (point.seconds, change),
-            xytext=(7, 5),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    axes.axhline(100 * found.budget, color="#555555", linewidth=1, linestyle="--")
-    axes.text(
-        0.995,
-        100 * found.budget,
-        "budget",
-        ha="right",
-        va="bottom",
-        fontsize=8,
-        transform=axes.get_yaxis_transform(),
-    )
-    axes.margins(x=0.22, y=0.15)
+    axes.axhline(100 * found.budget, color="#555555", linewidth=1, linestyle="--", label="budget")
+    axes.margins(x=0.08, y=0.08)
     axes.set_xlabel("prefill, seconds")
     axes.set_ylabel("added perplexity, %")
     axes.grid(color="#e4e7ea", zorder=0)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 

@@ -52,7 +52,7 @@ class Point:
     """One way to convert, run on the calibration passage."""
 
     name: str
-    kind: str  # full, plan, uniform, random, needle, sensitivity
+    kind: str  # full, plan, uniform, narrow (uniform too), random, needle, sensitivity
     added: float  # loss per token, nats
     answered: int  # pass keys found
     seconds: float  # of one prefill
@@ -81,6 +81,7 @@ class Conversion:
     plan: dict[str, SitePlan]
     planner: Planner | None
     points: list[Point]
+    passkeys: int  # hidden in the calibration passage
     quick: bool
     report: Report
     folder: Path | None = None
@@ -375,7 +376,12 @@ def _controls(found: Conversion) -> Any:
     for name in ("prefill, s", "perplexity", "pass keys"):
         table.add_column(name, justify="right")
     for point in found.points:
-        table.add_row(point.name, f"{point.seconds:.2f}", f"{expm1(point.added):+.2%}", str(point.answered))
+        table.add_row(
+            point.name,
+            f"{point.seconds:.2f}",
+            f"{expm1(point.added):+.2%}",
+            f"{point.answered} of {found.passkeys}",
+        )
     return table
 
 
