@@ -421,7 +421,7 @@ def ended(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "status", "match"),
     [
-        (["{root}/nothing"], 1, "There is no file or folder"),
+        (["{root}/nothing"], 1, "There is no .*nothing.* Give a folder"),
         (["smollm"], 1, "smollm"),
         (["{llama}", "--budget", "abc"], 2, "'abc' is no share"),
         (
