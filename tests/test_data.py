@@ -1,6 +1,7 @@
 """Texts, hidden keys and pictures: nothing repeats, nothing that calibrates judges, positions are true."""
 
 import random
+import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -169,14 +170,17 @@ def test_a_passkey_passage_is_one_sequence_with_its_answers_and_needles_at_their
     found = recall.passkey(HAY, Bytes(), tokens=1500, generator=random.Random(1))
     assert len(found.ids) == 1500
     keys = [[found.ids[at] for at in answer] for answer in found.answers]
-    assert len({tuple(key) for key in keys}) == 3
+    assert len({tuple(key) for key in keys}) == len(keys) >= 3
     assert [found.ids[at] for at in found.needles] == [digit for key in keys for digit in key]
     assert max(found.needles) < found.text_end <= min(found.answers[0])
-    assert said(found.ids[found.text_end :]).startswith("\n\nWhat is the pass key of the red door?")
-    for door, answer in zip(("red", "green", "black"), found.answers, strict=True):
-        before = said(found.ids[: answer.start])
-        assert before.endswith(f"What is the pass key of the {door} door? It is ")
-        assert f"the pass key of the {door} door is {said(found.ids[answer.start : answer.stop])}." in before
+    content, asked = said(found.ids[: found.text_end]), said(found.ids[found.text_end :])
+    doors = re.findall(r"What is the pass key of the (\w+) door\? [^?]* is \d{5}", asked)
+    assert len(set(doors)) == len(keys)
+    assert asked.startswith("\n\nWhat is")
+    for door, key in zip(doors, keys, strict=True):
+        assert content.count(f"he pass key of the {door} door is {said(key)}.") == 1
+        assert not any(f"the {door} door is {said(other)}" in content for other in keys if other != key)
+    assert all(found.ids[answer.start - 1] == ord(" ") for answer in found.answers)
 
 
 def test_one_seed_gives_one_set_of_prompts_and_another_seed_another():
