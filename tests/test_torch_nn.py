@@ -273,6 +273,61 @@ def test_key_mask_of_takes_padding_and_nothing_more():
             key_mask_of(wrong, 1, 4, is_causal)
 
 
+RIGHT, LEFT, NONE = [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0] * 5
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("idle", ["as the others", "nothing", "everything"])
+def test_key_mask_of_accepts_padding_on_either_side_and_rows_without_keys(is_causal, idle):
+    """Whatever rows of padding see, if it is all or nothing: hosts fill them in either way."""
+    padding = torch.tensor([RIGHT, LEFT, NONE, [1] * 5], dtype=torch.bool)
+    if idle == "everything":  # a last row that sees all says that no key is padding
+        padding[0], padding[2] = True, padding[1]
+    mask = padding[:, None, None].expand(4, 1, 5, 5)
+    mask = mask.tril() if is_causal else mask.clone()
+    if idle != "as the others":
+        mask[~padding[:, None]] = idle == "everything"
+    assert torch.equal(key_mask_of(mask, 4, 5, is_causal), padding)
+    assert torch.equal(key_mask_of(mask.expand(4, 2, 5, 5), 4, 5, is_causal), padding)
+    floats = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    assert torch.equal(key_mask_of(floats, 4, 5, is_causal), padding)
+    if is_causal:  # fewer queries, aligned at the end
+        assert torch.equal(key_mask_of(mask[:2, :, -3:], 2, 5, True), padding[:2])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("lengths", [(3, 3), (4, 2), (1, 5), (2, 2, 2)])
+def test_key_mask_of_refuses_packed_documents(is_causal, lengths):
+    packed = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+    packed = packed.tril() if is_causal else packed
+    plain = torch.ones(6, 6, dtype=torch.bool)
+    cut = packed.clone()
+    cut[-1] = False  # a last row of padding
+    last = torch.block_diag(torch.ones(5, 5).tril() if is_causal else torch.ones(5, 5), torch.ones(1, 1))
+    for mask in (
+        packed,
+        cut,
+        last.bool(),
+        torch.stack([plain.tril() if is_causal else plain, packed])[:, None],
+    ):
+        for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+            with pytest.raises(ValueError, match="Leave such a site full"):
+                key_mask_of(form, 2, 6, is_causal)
+
+
+def test_key_mask_of_refuses_what_one_query_or_head_adds():
+    lower = torch.ones(2, 3, 6, 6, dtype=torch.bool).tril()
+    assert key_mask_of(lower, 2, 6, True).all()
+    wrong = [lower.clone() for _ in range(4)]
+    wrong[0][1, 2, 3, 1] = False  # one key hidden from one query of one head
+    wrong[1][1, 2, 1, 3] = True  # the future shown
+    wrong[2][:, :, :2] = False  # queries without keys that are no padding
+    wrong[3] = torch.ones(2, 3, 1, 6, dtype=torch.bool).expand(2, 3, 6, 6)  # not causal, by strides
+    for mask in wrong:
+        with pytest.raises(ValueError, match="more than padding"):
+            key_mask_of(mask, 2, 6, True)
+
+
 def test_install_multihead_attention():
     torch.manual_seed(0)
     mha = nn.Sequential(nn.MultiheadAttention(DIM, HEADS, batch_first=True)).eval()
@@ -389,7 +444,7 @@ def test_install_vit_attention(registers, fused):
     assert torch.equal(model(image), alone)
 
 
-def test_installed_hosts_copy_pickle_train_and_compile():
+def test_installed_hosts_copy_pickle_and_train():
     torch.manual_seed(0)
     model, image = Vit(), draw(1, 3, 16, 16)
     install(model, plan("blocks.0", ((0, 1), Neighborhood(3))))
@@ -398,8 +453,15 @@ def test_installed_hosts_copy_pickle_train_and_compile():
     assert torch.equal(pickle.loads(pickle.dumps(model))(image), local)
     local.sum().backward()
     assert model.blocks[0].qkv.weight.grad.isfinite().all()
+
+
+@pytest.mark.compile
+def test_installed_hosts_compile():
+    torch.manual_seed(0)
+    model, image = Vit(), draw(1, 3, 16, 16)
+    install(model, plan("blocks.0", ((0, 1), Neighborhood(3))))
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(image), local)
+    torch.testing.assert_close(compiled(image), model(image))
 
 
 def test_install_refuses_in_words():

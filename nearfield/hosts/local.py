@@ -67,26 +67,33 @@ def key_mask_of(
     """
     if mask is None:
         return None
+    given = tuple(mask.shape)
     if mask.dtype != torch.bool:
         seen = mask == 0
         if not (seen | (mask <= torch.finfo(mask.dtype).min) | mask.isneginf()).all():
-            raise ValueError(
-                f"The attention mask of shape {tuple(mask.shape)} adds a bias to the scores. {_ONLY}"
-            )
+            raise ValueError(f"The attention mask of shape {given} adds a bias to the scores. {_ONLY}")
         mask = seen
     mask = mask[(None,) * (4 - mask.ndim)]
-    # The last query is the one that sees every key that is no padding, causal or not.
-    keys = mask[:, :1, -1:, :]
-    per_query = mask.shape[-2] > 1 and mask.stride(-2) != 0
-    if per_query or (mask.shape[1] > 1 and mask.stride(1) != 0):
-        rows = mask.shape[-2]
-        wanted = keys
-        if is_causal and rows > 1:
-            wanted = keys & _causal(rows, mask.shape[-1], mask.device)
-        # A row of padding may see anything: nobody reads it.
-        idle = ~keys[..., -rows:].transpose(-1, -2) if rows <= num_keys else torch.zeros_like(keys[..., :1])
-        if not ((mask == wanted) | idle).all():
-            raise ValueError(f"The attention mask of shape {tuple(mask.shape)} is more than padding. {_ONLY}")
+    mask = mask.expand(*mask.shape[:3], num_keys)
+    for dim in (0, 1) if is_causal else (0, 1, 2):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    rows = mask.shape[2]
+    # The last query sees every key that is no padding, causal or not; as padding it may itself see nothing.
+    keys = mask[:, :1, -1:]
+    blind = ~keys.any(-1, keepdim=True)
+    if rows > 1 and blind.any():
+        keys = keys | (blind & mask[:, :1].any(-2, keepdim=True))
+    wanted = keys & _causal(rows, num_keys, mask.device) if is_causal and rows > 1 else keys
+    wrong = ~(mask == wanted).all(-1)  # [B, H, rows]
+    if wrong.any():
+        # A query that is padding may see every key or none: hosts let it, nobody reads it.
+        idle = torch.zeros_like(wrong)
+        if rows == num_keys or (is_causal and rows < num_keys):
+            idle |= ~keys[:, 0, :, -rows:]
+        odd = mask[wrong]
+        if (wrong & ~idle).any() or (odd.any(-1) & ~odd.all(-1)).any():
+            raise ValueError(f"The attention mask of shape {given} is more than padding. {_ONLY}")
     return keys[:, 0, 0].expand(batch, num_keys)
 
 
