@@ -251,7 +251,7 @@ def test_people_get_a_table(automatic):
         "perplexity, last half of 4",
         "95 % interval, worst slice",
         "four-key",
-        "x faster",
+        "× faster",
         "Saved in",
     ):
         assert words in shown

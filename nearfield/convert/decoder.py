@@ -259,61 +259,6 @@ def _decode_rate(model: nn.Module, cache: Any, token: Tensor) -> float:
 
 
 @dataclass
-class Judgement:
-    """Before against after on text and prompts that the plan never saw."""
-
-    perplexity: Change
-    recall: Recall
-    seconds_before: list[float]
-    seconds_after: list[float]
-    cache_before: int
-    cache_after: int
-    rate_before: float
-    rate_after: float
-
-    def holds(self, budget: float) -> bool:
-        """Whether the upper end of the interval of the change is within `budget` and retrieval is kept."""
-        return self.perplexity.high <= budget and self.recall.kept
-
-
-def judge(
-    task: Decoder,
-    converted: Callable[[bool], None],
-    *,
-    known: Judged | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Judgement, Judged]:
-    """Interleaved: each slice and prompt is read by the model as it was, then as it is.
-
-    `converted(True)` makes the model local, `converted(False)` puts it back; `known` are the figures of the
-    unconverted model from an earlier call, which then is not run again.
-    """
-    total = (len(task.held_out) + len(task.prompts)) * (1 if known else 2)
-    done = 0
-
-    def measured(kind: Callable[..., Any], on: bool, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        converted(on)
-        found = kind(task.model, *args, **kwargs)
-        done += 1
-        if progress:
-            progress(done, total)
-        return found
-
-    before, after = known or Judged([], []), Judged([], [])
-    for ids in task.held_out[:, None]:
-        if known is None:
-            before.readings.append(measured(read, False, ids))
-        after.readings.append(measured(read, True, ids))
-    for at, prompt in enumerate(task.prompts):
-        last = at == len(task.prompts) - 1
-        if known is None:
-            before.asked.append(measured(ask, False, prompt, decode=last))
-        after.asked.append(measured(ask, True, prompt, decode=last))
-    return _compare(before, after), before
-
-
-@dataclass
 class Judged:
     """All that was measured of one state of the model."""
 
@@ -321,17 +266,64 @@ class Judged:
     asked: list[Asked]
 
 
-def _compare(before: Judged, after: Judged) -> Judgement:
-    def right(state: Judged) -> list[bool]:
-        return [found for asked in state.asked for found in asked.right]
+@dataclass
+class Judgement:
+    """Before against after on text and prompts that the plan never saw.
 
-    return Judgement(
-        perplexity_change([r.losses for r in before.readings], [r.losses for r in after.readings]),
-        recall_change(right(before), right(after)),
-        [r.seconds for r in before.readings],
-        [r.seconds for r in after.readings],
-        before.asked[-1].cache_bytes,
-        after.asked[-1].cache_bytes,
-        before.asked[-1].tokens_per_second,
-        after.asked[-1].tokens_per_second,
-    )
+    `recall` is None where the text alone settled it: over the budget, no question was asked.
+    """
+
+    before: Judged
+    after: Judged
+    perplexity: Change
+    recall: Recall | None
+
+    def holds(self, budget: float) -> bool:
+        """Whether the upper end of the interval of the change is within `budget` and retrieval is kept."""
+        return self.perplexity.high <= budget and self.recall is not None and self.recall.kept
+
+    def json(self) -> dict[str, Any]:
+        """The two figures."""
+        return {"perplexity": self.perplexity.json(), "recall": self.recall.json() if self.recall else None}
+
+
+def judge(
+    task: Decoder,
+    converted: Callable[[bool], None],
+    *,
+    known: Judged | None = None,
+    budget: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Judgement, Judged]:
+    """Interleaved: each slice and prompt is read by the model as it was, then as it is.
+
+    `converted(True)` makes the model local, `converted(False)` puts it back; `known` are the figures of the
+    unconverted model from an earlier call, which then are not measured again. With a `budget`, no question is
+    asked where the text is over it already.
+    """
+    before, after = known or Judged([], []), Judged([], [])
+    total = 2 * (len(task.held_out) + len(task.prompts))
+
+    def tell() -> None:
+        if progress:
+            progress(len(before.readings) + len(after.readings) + len(before.asked) + len(after.asked), total)
+
+    def measured(kind: Callable[..., Any], on: bool, where: list[Any], *args: Any, **kwargs: Any) -> None:
+        converted(on)
+        where.append(kind(task.model, *args, **kwargs))
+        tell()
+
+    for at, ids in enumerate(task.held_out[:, None]):
+        if at == len(before.readings):
+            measured(read, False, before.readings, ids)
+        measured(read, True, after.readings, ids)
+    change = perplexity_change([r.losses for r in before.readings], [r.losses for r in after.readings])
+    if budget is not None and change.high > budget:
+        return Judgement(before, after, change, None), before
+    for at, prompt in enumerate(task.prompts):
+        last = at == len(task.prompts) - 1
+        if at == len(before.asked):
+            measured(ask, False, before.asked, prompt, decode=last)
+        measured(ask, True, after.asked, prompt, decode=last)
+    right = [[found for asked in state.asked for found in asked.right] for state in (before, after)]
+    return Judgement(before, after, change, recall_change(*right)), before

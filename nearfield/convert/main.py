@@ -28,10 +28,10 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
 TRIALS = 3  # real runs of whole plans on the calibration passage, before the judgement
 JUDGEMENTS = 4  # of ever more careful plans, before giving up
-AIM = 0.6  # share of the budget that a plan is to use on the calibration passage: held-out text differs
+AIM = 0.45  # share of the budget to use on the passage that the plan was made for: other text loses more
 LEAST_TOKENS = 512  # below, prompts of an eighth of that leave no text around their keys
-ANSWER_LIMIT = 0.1  # nats per token of a pass key that a plan may add on the calibration passage
-RECALL_WEIGHT = 0.1  # nats of text loss that a nat of answer loss counts for, at first
+ANSWER_LIMIT = 0.05  # nats per token of a pass key that a plan may add on the calibration passage
+RECALL_WEIGHT = 0.3  # nats of text loss that a nat of answer loss counts for, at first
 
 Tell = Callable[[str, float, float], None]
 
@@ -151,13 +151,13 @@ class _Job:
             plan = self._tried(planner)
         else:
             plan = _read_plan(Path(to))
-        judgement, before = self._judge(plan, None)
-        judgements = 1
-        while planner is not None and not judgement.holds(self.budget) and judgements < JUDGEMENTS:
-            plan = self._tightened(planner, judgement, judgements)
-            judgement, before = self._judge(plan, before)
-            judgements += 1
-        points = self._controls(planner, plan, judgement) if planner is not None else []
+        judged, before = self._judge(plan, None, planner is not None)
+        judgements = [judged]
+        while planner is not None and not judged.holds(self.budget):
+            plan = self._tightened(planner, judged, len(judgements))
+            judged, before = self._judge(plan, before, True)
+            judgements.append(judged)
+        points = self._controls(planner, plan) if planner is not None else []
         report = convert(self.model, plan)
         return Conversion(
             model=self.opened.name,
@@ -165,7 +165,6 @@ class _Job:
             text=self.text,
             tokens=self.tokens,
             budget=self.budget,
-            judgement=judgement,
             judgements=judgements,
             plan=plan,
             planner=planner,
@@ -230,11 +229,13 @@ class _Job:
         """A more careful plan; ever more so, and at last full attention, which always holds."""
         over = max(log1p(max(judgement.perplexity.high, 0.0)) / log1p(self.budget), 1.0)
         self.predicted *= 0.8 / over
-        if not judgement.recall.kept:
+        if judgement.recall is not None and not judgement.recall.kept:
             planner.recall_weight *= 4
         return planner.choose(self.predicted if judgements < JUDGEMENTS - 1 else 0.0)[0]
 
-    def _judge(self, plan: Mapping[str, SitePlan], known: Judged | None) -> tuple[Judgement, Judged]:
+    def _judge(
+        self, plan: Mapping[str, SitePlan], known: Judged | None, tighten: bool
+    ) -> tuple[Judgement, Judged]:
         holder: list[Any] = []
 
         def converted(on: bool) -> None:
@@ -248,12 +249,13 @@ class _Job:
                 self.task,
                 converted,
                 known=known,
+                budget=self.budget if tighten else None,
                 progress=lambda done, total: self.tell("judge on held-out text and prompts", done, total),
             )
         finally:
             converted(False)
 
-    def _controls(self, planner: Planner, plan: dict[str, SitePlan], judgement: Judgement) -> list[Point]:
+    def _controls(self, planner: Planner, plan: dict[str, SitePlan]) -> list[Point]:
         """Other ways to spend the same kind of money, each run on the calibration passage."""
         window = Neighborhood(self.tokens // 4, is_causal=True, num_sinks=NUM_SINKS)
         narrow = Neighborhood(self.tokens // 8, is_causal=True, num_sinks=NUM_SINKS)

@@ -34,40 +34,11 @@ MARKS = {  # kind of point -> marker, colour (Okabe and Ito: told apart without 
 
 def page(found: Conversion) -> str:
     """The report as one HTML document. Without matplotlib its pictures are left out, and it says so."""
-    judged, (before, after) = found.judgement, found.seconds
-    ppl, recall = judged.perplexity, judged.recall
-    rows = [
-        (
-            f"Perplexity, last half of {len(ppl.slices)} held-out slices of {found.tokens:,} tokens",
-            f"{ppl.before:.3f}",
-            f"{ppl.after:.3f}",
-            f"{ppl.mean:+.2%} ({ppl.low:+.2%} … {ppl.high:+.2%}), worst {ppl.worst:+.2%}",
-        ),
-        (
-            f"Retrieval, {recall.count} four-key questions",
-            f"{recall.before:.1%}",
-            f"{recall.after:.1%}",
-            f"{recall.after - recall.before:+.1%} ({recall.low:+.1%} … {recall.high:+.1%})",
-        ),
-        ("Prefill, median seconds", f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f} × faster"),
-        (
-            "KV cache, MB",
-            f"{judged.cache_before / 1e6:.0f}",
-            f"{judged.cache_after / 1e6:.0f}",
-            f"{judged.cache_before / max(judged.cache_after, 1):.2f} × smaller",
-        ),
-        (
-            "Decoding, tokens a second",
-            f"{judged.rate_before:.1f}",
-            f"{judged.rate_after:.1f}",
-            f"{judged.rate_after / judged.rate_before:.2f} ×",
-        ),
-    ]
     parts = [
         f"<h1>{escape(found.model)} made local</h1>",
         f'<p class="note">{found.tokens:,} tokens of {escape(found.text)} text; {escape(_where(found))}</p>',
         _verdict(found),
-        _table(("", "before", "after", "change (95 % interval)"), rows),
+        _table(("", "before", "after", "change (95 % interval)"), found.figures),
     ]
     if found.planner is not None:
         try:

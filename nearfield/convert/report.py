@@ -76,8 +76,7 @@ class Conversion:
     text: str
     tokens: int
     budget: float
-    judgement: Judgement
-    judgements: int
+    judgements: list[Judgement]  # the last one is of the plan that was taken
     plan: dict[str, SitePlan]
     planner: Planner | None
     points: list[Point]
@@ -90,46 +89,97 @@ class Conversion:
     @property
     def seconds(self) -> tuple[float, float]:
         """Median seconds of a prefill before and after."""
-        return median(self.judgement.seconds_before), median(self.judgement.seconds_after)
+        states = self.judgements[-1].before, self.judgements[-1].after
+        before, after = (median(reading.seconds for reading in state.readings) for state in states)
+        return before, after
 
     @property
     def holds(self) -> bool:
-        return self.judgement.holds(self.budget)
+        return self.judgements[-1].holds(self.budget)
+
+    @property
+    def figures(self) -> list[tuple[str, str, str, str]]:
+        """The rows that people read: what, before, after, change."""
+        judged = self.judgements[-1]
+        before, after = self.seconds
+        ppl, recall = judged.perplexity, judged.recall
+        rows = [
+            (
+                f"perplexity, last half of {len(ppl.slices)} held-out slices",
+                f"{ppl.before:.3f}",
+                f"{ppl.after:.3f}",
+                f"{ppl.mean:+.2%}",
+            ),
+            (
+                "  95 % interval, worst slice",
+                "",
+                "",
+                f"{ppl.low:+.2%} … {ppl.high:+.2%}, {ppl.worst:+.2%}",
+            ),
+        ]
+        if recall is not None:
+            first, last = judged.before.asked[-1], judged.after.asked[-1]
+            rows += [
+                (
+                    f"retrieval, {recall.count} four-key questions",
+                    f"{recall.before:.1%}",
+                    f"{recall.after:.1%}",
+                    f"{recall.after - recall.before:+.1%} ({recall.low:+.1%} … {recall.high:+.1%})",
+                ),
+                ("prefill, seconds", f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f} × faster"),
+                (
+                    "KV cache, MB",
+                    f"{first.cache_bytes / 1e6:.0f}",
+                    f"{last.cache_bytes / 1e6:.0f}",
+                    f"{first.cache_bytes / max(last.cache_bytes, 1):.2f} × smaller",
+                ),
+                (
+                    "decoding, tokens a second",
+                    f"{first.tokens_per_second:.1f}",
+                    f"{last.tokens_per_second:.1f}",
+                    f"{last.tokens_per_second / first.tokens_per_second:.2f} ×",
+                ),
+            ]
+        return rows
 
     def json(self) -> dict[str, Any]:
-        judged = self.judgement
+        judged = self.judgements[-1]
         before, after = self.seconds
-        return {
+        ppl, recall = judged.perplexity, judged.recall
+        found = {
             "model": self.model,
             "tokens": self.tokens,
             "text": self.text,
             "quick": self.quick,
             "budget": self.budget,
             "holds": self.holds,
-            "judgements": self.judgements,
             "quality": {
                 "metric": "perplexity of the last half",
-                "before": judged.perplexity.before,
-                "after": judged.perplexity.after,
-                "change": judged.perplexity.mean,
-                "worst": judged.perplexity.worst,
-                "interval": [judged.perplexity.low, judged.perplexity.high],
-                "slices": list(judged.perplexity.slices),
-                "passkey": judged.recall.json(),
+                "before": ppl.before,
+                "after": ppl.after,
+                "change": ppl.mean,
+                "worst": ppl.worst,
+                "interval": [ppl.low, ppl.high],
+                "slices": list(ppl.slices),
+                "passkey": None if recall is None else recall.json(),
             },
             "seconds": {
                 "before": before,
                 "after": after,
                 "speedup": before / after,
-                "all_before": judged.seconds_before,
-                "all_after": judged.seconds_after,
+                "all_before": [reading.seconds for reading in judged.before.readings],
+                "all_after": [reading.seconds for reading in judged.after.readings],
             },
-            "cache_bytes": {"before": judged.cache_before, "after": judged.cache_after},
-            "decode_tokens_per_second": {"before": judged.rate_before, "after": judged.rate_after},
+            "judgements": [judgement.json() for judgement in self.judgements],
             "controls": [point.json() for point in self.points],
             "sites": [site_json(site, self.tokens) for site in self.plan.values()],
             "machine": self.machine,
         }
+        if recall is not None:
+            last = judged.before.asked[-1], judged.after.asked[-1]
+            for name in ("cache_bytes", "tokens_per_second"):
+                found[name] = {"before": getattr(last[0], name), "after": getattr(last[1], name)}
+        return found
 
     def text_json(self) -> str:
         """The JSON document, as `report.json` holds it."""
@@ -139,43 +189,12 @@ class Conversion:
         from rich.console import Group
         from rich.table import Table
 
-        judged = self.judgement
-        before, after = self.seconds
-        ppl, recall = judged.perplexity, judged.recall
         table = Table(title=f"{self.model} made local at {self.tokens:,} tokens")
         table.add_column("")
         for name in ("before", "after", "change"):
             table.add_column(name, justify="right")
-        table.add_row(
-            f"perplexity, last half of {len(ppl.slices)} held-out slices",
-            f"{ppl.before:.3f}",
-            f"{ppl.after:.3f}",
-            f"{ppl.mean:+.2%}",
-        )
-        table.add_row(
-            "  95 % interval, worst slice", "", "", f"{ppl.low:+.2%} … {ppl.high:+.2%}, {ppl.worst:+.2%}"
-        )
-        table.add_row(
-            f"retrieval, {recall.count} four-key questions",
-            f"{recall.before:.1%}",
-            f"{recall.after:.1%}",
-            f"{recall.after - recall.before:+.1%} ({recall.low:+.1%} … {recall.high:+.1%})",
-        )
-        table.add_row(
-            "prefill, seconds", f"{before:.2f}", f"{after:.2f}", f"[bold]{before / after:.2f} x faster[/bold]"
-        )
-        table.add_row(
-            "KV cache, MB",
-            f"{judged.cache_before / 1e6:.0f}",
-            f"{judged.cache_after / 1e6:.0f}",
-            f"{judged.cache_before / max(judged.cache_after, 1):.2f} x smaller",
-        )
-        table.add_row(
-            "decoding, tokens a second",
-            f"{judged.rate_before:.1f}",
-            f"{judged.rate_after:.1f}",
-            f"{judged.rate_after / judged.rate_before:.2f} x",
-        )
+        for row in self.figures:
+            table.add_row(*row)
         parts: list[Any] = [table, _verdict(self)]
         if self.points:
             parts.append(_controls(self))
@@ -357,8 +376,9 @@ def saved_words(folder: Path) -> str:
 
 
 def _verdict(found: Conversion) -> str:
-    words = verdict_words(found.holds, found.budget, found.judgements)
-    if not found.judgement.recall.kept:
+    words = verdict_words(found.holds, found.budget, len(found.judgements))
+    recall = found.judgements[-1].recall
+    if recall is not None and not recall.kept:
         words += " Retrieval was lost."
     if found.quick:
         words += (
