@@ -14,13 +14,20 @@ VENV := .venv
 PARITY := .venv-parity
 INPUTS := pyproject.toml constraints.txt demo-data.txt
 
-.PHONY: demo test check-parity check-native lint clean
+.PHONY: demo test check-shapes check-parity check-native lint clean
 
 demo: $(VENV)/.installed  ## a real language model becomes local: table, picture, report
 	$(VENV)/bin/nearfield convert --quick
 
 test: $(VENV)/.installed  ## the whole suite
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Left out: what Dynamo traces (not under that hook), and tests of refusals, which the hook refuses first.
+SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled seam torch_nn transformers measure sensitivity)
+
+check-shapes: $(VENV)/.installed  ## annotated shapes and types of operators, hosts and measures, at run time
+	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype \
+	    -m "not compile" -k "not refuse" $(SHAPED) $(ARGS)
 
 check-native: $(VENV)/.installed  ## sanitizers and wide sweeps over the C++ kernels
 	@if compgen -G "csrc/*" > /dev/null; then \

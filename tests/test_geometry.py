@@ -27,6 +27,14 @@ def bounds(draw, largest=20, short=True, sinks=True):
     return pattern.on(n, num_queries=draw(st.integers(0, n)) if short and is_causal else None)
 
 
+@some
+@given(bounds())
+def test_a_pattern_binds_the_same_with_and_without_the_cache(bound):
+    again = bound.pattern.bind(bound.grid, bound.num_queries)
+    assert again == bound and again is not bound
+    assert bound.pattern.on(bound.grid, num_queries=bound.num_queries) == bound
+
+
 def sees(pattern, n, i, j):
     """The definition for one axis: does query `i` of `n` tokens see key `j`?"""
     k, s, d = pattern.kernel_size, pattern.stride, pattern.dilation

@@ -177,8 +177,11 @@ class Conversion:
         }
         if recall is not None:
             last = judged.before.asked[-1], judged.after.asked[-1]
-            for name in ("cache_bytes", "tokens_per_second"):
-                found[name] = {"before": getattr(last[0], name), "after": getattr(last[1], name)}
+            for name, kept in (
+                ("cache_bytes", "cache_bytes"),
+                ("decode_tokens_per_second", "tokens_per_second"),
+            ):
+                found[name] = {"before": getattr(last[0], kept), "after": getattr(last[1], kept)}
         return found
 
     def text_json(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfield.core.backend import Choice, Verdict, choose, explain
 from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
 from nearfield.ops.neighborhood import flex, reference, tiled
-from nearfield.ops.neighborhood.geometry import Bound, Neighborhood, _bind
+from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 
 OP = "neighborhood_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
@@ -174,7 +174,7 @@ def _checked(
 
 
 def _bound(geometry: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
-    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace, not to be looked up."""
+    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace."""
     if torch.compiler.is_compiling() or any(type(side) is not int for side in (*grid, num_queries or 0)):
-        return _bind.__wrapped__(geometry, grid, num_queries)
+        return geometry.bind(grid, num_queries)
     return geometry.on(grid, num_queries=num_queries)

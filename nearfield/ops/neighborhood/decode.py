@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, TypedDict, Unpack, cast, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -204,9 +203,8 @@ def _axis(geometry: Neighborhood) -> Axis:
 def _window(axis: Axis, query_positions: Tensor, key_positions: Tensor) -> tuple[Tensor, Tensor]:
     """Which keys lie in each query's window `[B or 1, N, M]` and where it starts `[B or 1, N]`."""
     size = query_positions.amax(-1, keepdim=True) + 1  # rows end at their last query
-    axis = replace(axis, size=cast(int, size))  # the formulas of an axis work elementwise
     i, j = query_positions, key_positions[:, None]
-    start, end = axis.interval(i // axis.dilation, i % axis.dilation)
+    start, end = axis.interval(i // axis.dilation, i % axis.dilation, size=size)
     at = j // axis.dilation
     inside = (start[:, :, None] <= at) & (at < end[:, :, None])
     if axis.dilation > 1:

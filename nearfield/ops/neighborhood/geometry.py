@@ -82,6 +82,10 @@ class Neighborhood:
         `num_queries` below the number of keys is for decoding: one causal axis, queries aligned at the end.
         """
         grid = (grid,) if isinstance(grid, int) else tuple(grid)
+        return _bind_once(self, grid, num_queries)
+
+    def bind(self, grid: tuple[int, ...], num_queries: int | None = None) -> Bound:
+        """As `on`, worked out anew each time: for sides that are symbols of a trace, unfit for a cache."""
         return _bind(self, grid, num_queries)
 
 
@@ -125,17 +129,19 @@ class Axis:
         """Keys of a centred window after its leader."""
         return self.kernel_size - 1 - self.left
 
-    def group_size(self, group: Any) -> Any:
-        """Tokens in dilation group `group` (an int or an integer tensor)."""
-        return (self.size - group + self.dilation - 1) // self.dilation
+    def group_size(self, group: Any, size: Any = None) -> Any:
+        """Tokens in dilation group `group` (an int or an integer tensor) of an axis of `size` tokens."""
+        size = self.size if size is None else size
+        return (size - group + self.dilation - 1) // self.dilation
 
-    def interval(self, position: Any, group: Any = 0) -> tuple[Any, Any]:
+    def interval(self, position: Any, group: Any = 0, *, size: Any = None) -> tuple[Any, Any]:
         """`[start, end)` of the window of the query at `position` of `group`, before any cut at the border.
 
         With border "shift" it always lies inside the group; otherwise it may reach below 0 or past the end.
-        Works on ints and, elementwise, on integer tensors: kernels and masks use this very formula.
+        Works on ints and, elementwise, on integer tensors: kernels and masks use this very formula. `size`
+        stands for the axis's own where each row has a length of its own.
         """
-        last = self.group_size(group) - 1
+        last = self.group_size(group, size) - 1
         first_of_run = position // self.stride * self.stride
         if self.is_causal:
             leader = _smaller(first_of_run + self.stride - 1, last)
@@ -366,7 +372,6 @@ class Bound:
         return range(min(seen, query + self.offset + 1) if self.axes[0].is_causal else seen)
 
 
-@lru_cache(maxsize=512)
 def _bind(pattern: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
     rank = len(grid)
     if not 1 <= rank <= 3 or any(side < 1 for side in grid):
@@ -400,6 +405,9 @@ def _bind(pattern: Neighborhood, grid: tuple[int, ...], num_queries: int | None)
         for entries in zip(grid, sizes, strides, dilations, causal, strict=True)
     )
     return Bound(pattern, grid, axes, num_queries)
+
+
+_bind_once = lru_cache(maxsize=512)(_bind)
 
 
 @lru_cache(maxsize=4096)

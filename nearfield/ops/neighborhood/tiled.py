@@ -21,6 +21,17 @@ from nearfield.ops.neighborhood.tiled_boxes import (
 from nearfield.ops.neighborhood.tiled_causal import causal_backward, causal_forward, fits
 
 NAME = "nearfield::tiled_attention"
+# Schemas in words: torch cannot infer them where a checker of annotations has wrapped the functions.
+PROBLEM = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? bias, Tensor? key_mask, Tensor? sink_logits, SymInt[] kernel_size, SymInt[] stride, "
+    "SymInt[] dilation, bool[] is_causal, str border, SymInt num_sinks, float scale"
+)
+FORWARD = f"({PROBLEM}) -> (Tensor, Tensor)"
+BACKWARD = (
+    f"(Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse, {PROBLEM}, bool want_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, bound: Bound, **options: object) -> str | None:
@@ -62,7 +73,7 @@ def attend(
     )
 
 
-@torch.library.custom_op(NAME, mutates_args=())
+@torch.library.custom_op(NAME, mutates_args=(), schema=FORWARD)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -106,7 +117,7 @@ def _forward(
     return out[..., :dv].to(query.dtype).contiguous().unflatten(1, places), lse.unflatten(1, places)
 
 
-@torch.library.custom_op(f"{NAME}_backward", mutates_args=())
+@torch.library.custom_op(f"{NAME}_backward", mutates_args=(), schema=BACKWARD)
 def _backward(
     grad: Tensor,
     grad_lse: Tensor | None,
