@@ -354,6 +354,16 @@ def test_nothing_the_size_of_a_map_is_made():
     assert most[1024] <= 2.01 * most[512]
 
 
+def test_every_layer_is_run_again_in_the_backward():
+    """Checkpointed: what a layer holds inside is made again, last layer first."""
+    model, runs = llama(), []
+    for at, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda m, a, out, at=at: runs.append(at))
+    sensitivity(model, text_loss(40), causal(8), rows=range(39))
+    assert runs[:4] == [0, 1, 2, 3]
+    assert runs[4:] == [3, 2, 1, 0]
+
+
 # The host is left as it was.
 
 
@@ -370,6 +380,7 @@ def state(model):
 def test_the_host_is_left_as_it_was_also_after_an_exception():
     model = llama()
     sensitivity(model, text_loss(40), causal(8), rows=range(39))  # what is registered once is there now
+    assert all(parameter.requires_grad for parameter in model.parameters())
     model.model.norm.weight.requires_grad_(False)
     before, logits = state(model), model(input_ids=ids(40)).logits
     sensitivity(model, text_loss(40), causal(8), rows=range(39))
