@@ -17,7 +17,8 @@ INPUTS := pyproject.toml constraints.txt demo-data.txt
 .PHONY: demo test check-shapes check-parity check-native lint clean
 
 demo: $(VENV)/.installed  ## a real language model becomes local: table, picture, report
-	$(VENV)/bin/nearfield convert --quick
+	rm -rf out/demo
+	$(VENV)/bin/nearfield convert --quick --out out/demo
 
 test: $(VENV)/.installed  ## the whole suite
 	$(VENV)/bin/python -m pytest $(ARGS)

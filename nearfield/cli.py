@@ -238,6 +238,8 @@ def plan(
     stride: Annotated[str, typer.Option(metavar="S", help="Queries that share a window.")] = "1",
     dilation: Annotated[str, typer.Option(metavar="D", help="Distance between keys of a window.")] = "1",
     causal: Annotated[bool, typer.Option("--causal", help="Keys before the query only.")] = False,
+    border: Annotated[str, typer.Option(help="shift, truncate or pad.")] = "shift",
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that all see (one dimension).")] = 0,
     tile: Annotated[str | None, typer.Option(metavar="T", help="Tile of queries and of keys.")] = None,
     q_tile: Annotated[str | None, typer.Option(metavar="T", help="Tile of queries.")] = None,
     kv_tile: Annotated[str | None, typer.Option(metavar="T", help="Tile of keys.")] = None,
@@ -247,7 +249,10 @@ def plan(
 ) -> None:
     """What local attention costs, before running it: of a pattern on a grid, of a config.json, of a model."""
     if model is None:
-        say(_plan_grid(tokens, kernel_size, stride, dilation, causal, tile, q_tile, kv_tile), json_)
+        say(
+            _plan_grid(tokens, kernel_size, stride, dilation, causal, border, sinks, tile, q_tile, kv_tile),
+            json_,
+        )
     elif kernel_size is not None:
         raise typer.BadParameter(
             "is for a grid of tokens. For a model give --tokens and --budget.", param_hint="--kernel-size"
@@ -272,6 +277,8 @@ def _plan_grid(
     stride: str,
     dilation: str,
     causal: bool,
+    border: str,
+    sinks: int,
     tile: str | None,
     q_tile: str | None,
     kv_tile: str | None,
@@ -292,6 +299,8 @@ def _plan_grid(
         stride=sizes(stride, sides),
         dilation=sizes(dilation, sides),
         is_causal=causal,
+        border=border,
+        num_sinks=sinks,
         q_tile=tiles[0],
         kv_tile=tiles[1],
     )
@@ -337,19 +346,42 @@ def convert(
 
 @app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="The operator: neighborhood.")],
+    op: Annotated[str, typer.Argument(help="The operator: neighborhood.")] = "neighborhood",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    case: Annotated[str | None, typer.Option(metavar="ID", help="Only this case.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", metavar="ID", help="Only this case; may be given again.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16.")] = None,
+    direction: Annotated[list[str] | None, typer.Option("--direction", help="forward, backward.")] = None,
+    backend: Annotated[str, typer.Option("--backend", help="The backend that is timed.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     rivals: Annotated[bool, typer.Option("--rivals", help="Time rivals beside it.")] = False,
+    against: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Two result files side by side, nothing timed."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Timed beside predicted cost, and beside a matrix product of the same machine."""
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"{device!r} is unknown. Choose cpu or cuda.", param_hint="--device")
+    if against is not None:
+        from nearfield.bench import compare
+
+        say(compare(*against), json_)
+        return
     from nearfield.bench import run as time_cases
 
+    chosen: dict[str, Any] = {"dtypes": tuple(dtype or ()), "directions": tuple(direction or ())}
     with working() as progress:
         report = time_cases(
-            op, device=device, cases=None if case is None else [case], rivals=rivals, progress=progress
+            op,
+            device=device,
+            cases=case,
+            backend=backend,
+            rivals=rivals,
+            threads=threads,
+            progress=progress,
+            **{name: given for name, given in chosen.items() if given},
         )
     say(report, json_)
