@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from nearfield import catalog
+from nearfield.ops.neighborhood.geometry import BORDERS
 
 UNITS = {"": 1, "k": 1024, "m": 1024**2}
 Progress = Callable[[str, float, float], None]  # what is going on, how much is done, of how much
@@ -277,12 +278,16 @@ def _plan_grid(
     stride: str,
     dilation: str,
     causal: bool,
-    border: str,
+    border: Any,
     sinks: int,
     tile: str | None,
     q_tile: str | None,
     kv_tile: str | None,
 ) -> Any:
+    if border not in BORDERS:
+        raise typer.BadParameter(
+            f"{border!r} is unknown. Choose {', '.join(BORDERS)}.", param_hint="--border"
+        )
     if tokens is None or kernel_size is None:
         raise typer.BadParameter("Give a MODEL, or --tokens and --kernel-size.", param_hint="plan")
     if tile is not None and (q_tile or kv_tile):

@@ -155,6 +155,8 @@ WRONG_USAGE = [
     ("convert", "--to", "neighborhood"),
     ("convert", "--kernel-size", "7"),
     ("bench", "neighborhood", "--device", "tpu"),
+    ("bench", "--compare", "one.json"),
+    ("plan", "--tokens", "56x56", "--kernel-size", "7", "--border", "mirror"),
 ]
 
 
@@ -214,7 +216,9 @@ def test_options_reach_the_functions(nearfield, stub, tmp_path):
     assert nearfield("measure", "a-model", "--tokens", "1k", "--windows", "64,256")[0] == 0
     assert (measure["args"], measure["tokens"], measure["windows"]) == (("a-model",), 1024, (64, 256))
     bench = stub("nearfield.bench:run")
-    assert nearfield("bench", "neighborhood", "--case", "one", "--rivals")[0] == 0
+    assert nearfield("bench", "--case", "one", "--rivals", "--threads", "2", "--dtype", "bfloat16")[0] == 0
+    assert (bench["threads"], bench["dtypes"], bench["backend"]) == (2, ("bfloat16",), "auto")
+    assert "directions" not in bench
     assert (bench["args"], bench["cases"], bench["rivals"], bench["device"]) == (
         ("neighborhood",),
         ["one"],
