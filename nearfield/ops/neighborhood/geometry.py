@@ -19,6 +19,7 @@ from nearfield.core.dims import per_dim
 
 Border = Literal["shift", "truncate", "pad"]
 BORDERS = ("shift", "truncate", "pad")
+LARGEST = 2**40  # sums and products with token indices stay inside 64 bits
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Neighborhood:
         for name in ("kernel_size", "stride", "dilation"):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                    raise ValueError(f"{name}={value!r} must hold whole numbers of at least 1.")
+                if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= LARGEST:
+                    raise ValueError(
+                        f"{name}={value!r} must hold whole numbers of at least 1, at most 2**40."
+                    )
         if self.border not in BORDERS:
             raise ValueError(f"border={self.border!r} is unknown. Choose one of {', '.join(BORDERS)}.")
         causal = self.is_causal if isinstance(self.is_causal, tuple) else (self.is_causal,)
@@ -73,7 +76,11 @@ class Neighborhood:
                 raise ValueError(
                     f"stride={self.stride} exceeds kernel_size={self.kernel_size}: some keys would be unseen."
                 )
-        if isinstance(self.num_sinks, bool) or not isinstance(self.num_sinks, int) or self.num_sinks < 0:
+        if (
+            isinstance(self.num_sinks, bool)
+            or not isinstance(self.num_sinks, int)
+            or not (0 <= self.num_sinks <= LARGEST)
+        ):
             raise ValueError(f"num_sinks={self.num_sinks!r} must be a whole number of at least 0.")
 
     def on(self, grid: tuple[int, ...] | int, *, num_queries: int | None = None) -> Bound:
