@@ -36,8 +36,8 @@ def shipped() -> list[Path]:
                 found.append(path)
     if not found:
         raise ValueError(
-            "The model looks at pictures and no installed package carries one. Give --image FILE, or "
-            "pip install scikit-image."
+            "The model looks at pictures and no installed package carries one: pip install scikit-image. "
+            "`nearfield measure` also takes --image FILE."
         )
     return found
 
