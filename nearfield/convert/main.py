@@ -29,7 +29,7 @@ DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
 TRIALS = 3  # real runs of whole plans on the calibration passage, before the judgement
 JUDGEMENTS = 4  # of ever more careful plans, before giving up
-AIM = 0.6  # share of the budget to use on the passage that the plan was made for: other text may lose more
+AIM = 0.45  # share of the budget to use on the passage that the plan was made for: other text loses more
 LEAST_TOKENS = 512  # below, prompts of an eighth of that leave no text around their keys
 ANSWER_LIMIT = 0.05  # nats per token of a pass key that a plan may add on the calibration passage
 RECALL_WEIGHT = 0.3  # nats of text loss that a nat of answer loss counts for, at first
@@ -207,7 +207,7 @@ class _Job:
             remembers = trial.added_to_answers <= ANSWER_LIMIT
             if share <= 1.15 and remembers:
                 held = plan
-                if share >= 0.7:
+                if share >= 0.8:
                     break
             if not remembers:
                 planner.recall_weight *= 4
@@ -282,10 +282,12 @@ class _Job:
         found = []
         for at, (name, (kind, tried)) in enumerate(tries.items()):
             trial = self._try(tried)
-            found.append(Point(name, kind, trial.added, trial.answered, trial.seconds))
+            found.append(
+                Point(name, kind, trial.added, trial.added_to_answers, trial.answered, trial.seconds)
+            )
             self.tell("controls", at + 1, len(tries))
         seconds = median(reading.seconds for reading in before.readings)  # the passage was read with a graph
-        return [Point("full attention", "full", 0.0, self.task.answered(), seconds), *found]
+        return [Point("full attention", "full", 0.0, 0.0, self.task.answered(), seconds), *found]
 
 
 def _share(budget: str | float) -> float:

@@ -46,12 +46,12 @@ def page(found: Conversion) -> str:
         except ImportError as error:
             parts.append(f'<p class="note">Pictures are left out. {escape(str(error))}</p>')
         controls = [
-            (p.name, f"{p.seconds:.2f}", f"{expm1(p.added):+.2%}", f"{p.answered} of {found.passkeys}")
+            (p.name, f"{p.seconds:.2f}", f"{expm1(p.added):+.2%}", f"{p.added_to_answers:+.2f}")
             for p in found.points
         ]
         parts += [
             "<h2>Other plans, one run each on the calibration passage</h2>",
-            _table(("plan", "prefill, s", "perplexity", "pass keys found"), controls),
+            _table(("plan", "prefill, s", "perplexity", "added to pass keys, nats per token"), controls),
         ]
     words = "1024+4 is a causal window of 1,024 tokens and the first 4; full is full attention."
     return _document(found.model, [*parts, *_patterns(found, words)])
@@ -151,7 +151,6 @@ def frontier(found: Conversion) -> Any:
     figure_module = require("matplotlib.figure", extra="plot")
     figure = figure_module.Figure(figsize=(9.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    asked = found.passkeys
     for point in found.points:
         marker, colour = MARKS[point.kind]
         axes.scatter(
@@ -161,7 +160,7 @@ def frontier(found: Conversion) -> Any:
             color=colour,
             s=170 if point.kind == "plan" else 60,
             zorder=3,
-            label=f"{point.name} ({point.answered} of {asked} pass keys)",
+            label=f"{point.name} ({point.added_to_answers:+.2f} nats on pass keys)",
         )
     axes.axhline(100 * found.budget, color="#555555", linewidth=1, linestyle="--", label="budget")
     axes.margins(x=0.08, y=0.08)

@@ -54,7 +54,8 @@ class Point:
     name: str
     kind: str  # full, plan, uniform, narrow (uniform too), random, needle, sensitivity
     added: float  # loss per token, nats
-    answered: int  # pass keys found
+    added_to_answers: float  # loss per token of the pass keys, nats
+    answered: int  # pass keys found to the last digit
     seconds: float  # of one prefill
 
     def json(self) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class Point:
             "name": self.name,
             "kind": self.kind,
             "change": expm1(self.added),
+            "added_to_passkeys": self.added_to_answers,
             "passkeys": self.answered,
             "seconds": self.seconds,
         }
@@ -396,14 +398,14 @@ def _controls(found: Conversion) -> Any:
 
     table = Table(title="Other plans, one run each on the calibration passage")
     table.add_column("plan")
-    for name in ("prefill, s", "perplexity", "pass keys"):
+    for name in ("prefill, s", "perplexity", "pass keys, nats"):
         table.add_column(name, justify="right")
     for point in found.points:
         table.add_row(
             point.name,
             f"{point.seconds:.2f}",
             f"{expm1(point.added):+.2%}",
-            f"{point.answered} of {found.passkeys}",
+            f"{point.added_to_answers:+.2f}",
         )
     return table
 
