@@ -28,7 +28,7 @@ from nearfield.plan.pattern import SitePlan, plan_from_json, read_json
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
 TRIALS = 3  # real runs of whole plans on the calibration passage, before the judgement
-JUDGEMENTS = 4  # of ever more careful plans, before giving up
+JUDGEMENTS = 4  # of ever more careful plans; the last is full attention everywhere
 AIM = 0.45  # share of the budget to use on the passage that the plan was made for: other text loses more
 LEAST_TOKENS = 512  # below, prompts of an eighth of that leave no text around their keys
 ANSWER_LIMIT = 0.05  # nats per token of a pass key that a plan may add on the calibration passage
@@ -183,6 +183,7 @@ class _Job:
         }
 
     def _try(self, plan: Mapping[str, SitePlan]) -> Trial:
+        """The plan run on the calibration passage; one that was run already is not run again."""
         for tried, trial in self.trials:
             if tried == plan:
                 return trial
@@ -196,7 +197,7 @@ class _Job:
         return trial
 
     def _tried(self, planner: Planner) -> dict[str, SitePlan]:
-        """The fastest plan that held in real runs on the calibration passage, or the last one tried."""
+        """The last plan that held in real runs on the calibration passage, or else a more careful one."""
         limit = log1p(self.budget)
         self._calibrate(planner)
         self.predicted = AIM * limit
