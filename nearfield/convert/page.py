@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 from math import expm1, log2
 from typing import Any
 
-from nearfield.convert.report import Conversion, EncoderConversion, word_of
+from nearfield.convert.report import Conversion, EncoderConversion, is_local, verdict_words, word_of
 from nearfield.core.errors import require
 
 STYLE = """
@@ -79,10 +80,10 @@ def encoder_page(found: EncoderConversion) -> str:
 
 
 def _verdict(found: Conversion | EncoderConversion) -> str:
-    if found.holds:
-        words = f"Within the budget of {found.budget:.1%}: the upper end of the interval counts."
-        return f'<p class="good">{words}</p>'
-    return f'<p class="bad">Not within the budget of {found.budget:.1%}.</p>'
+    judged = found.judgements if isinstance(found.judgements, int) else len(found.judgements)
+    words = verdict_words(found.holds, found.budget, judged, is_local(found.plan))
+    plain = re.sub(r"\[/?(green|red)\]", "", words)
+    return f'<p class="{"good" if found.holds else "bad"}">{escape(plain)}</p>'
 
 
 def _patterns(found: Conversion | EncoderConversion, words: str) -> list[str]:

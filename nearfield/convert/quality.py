@@ -114,9 +114,10 @@ class FeatureChange:
 
 def feature_change(before: Sequence[Tensor], after: Sequence[Tensor], *, seed: int = 0) -> FeatureChange:
     """`before[i]`, `after[i]` are the token features [n, dim] of input i."""
-    far = [
+    turned = (
         1 - F.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in zip(after, before, strict=True)
-    ]
+    )
+    far = [d.clamp_min(0) for d in turned]  # rounding can take equal features below zero
     means = torch.stack([d.mean() for d in far])
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(DRAWS, dtype=torch.float64)

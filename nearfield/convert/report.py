@@ -288,7 +288,10 @@ class EncoderConversion:
         )
         table.add_row("tokens whose nearest neighbour stayed", f"{change.same_neighbour:.1%}")
         table.add_row("forward, seconds", f"{before:.3f} → {after:.3f} ({before / after:.2f} x)")
-        parts: list[Any] = [table, verdict_words(self.holds, self.budget, self.judgements)]
+        parts: list[Any] = [
+            table,
+            verdict_words(self.holds, self.budget, self.judgements, is_local(self.plan)),
+        ]
         parts.append(_patterns(self.plan, self.grid or (self.tokens,), False))
         if self.folder is not None:
             parts.append(saved_words(self.folder))
@@ -364,7 +367,7 @@ def word_of(pattern: Neighborhood | None) -> str:
     return f"{text}+{pattern.num_sinks}" if pattern.num_sinks else text
 
 
-def verdict_words(holds: bool, budget: float, judgements: int) -> str:
+def verdict_words(holds: bool, budget: float, judgements: int, any_local: bool) -> str:
     """Whether the budget holds, in rich's markup."""
     if holds:
         words = f"[green]Within the budget of {budget:.1%}[/green]: the interval's upper end counts."
@@ -372,7 +375,14 @@ def verdict_words(holds: bool, budget: float, judgements: int) -> str:
         words = f"[red]Not within the budget of {budget:.1%}[/red]."
     if judgements > 1:
         words += f" Judged {judgements} times, more careful each time."
+    if not any_local:
+        words += " No local pattern was worth taking here: attention is as it was. Longer input gains more."
     return words
+
+
+def is_local(plan: Mapping[str, SitePlan]) -> bool:
+    """Whether any group of any site has a pattern."""
+    return any(not site.is_full for site in plan.values())
 
 
 def saved_words(folder: Path) -> str:
@@ -381,7 +391,7 @@ def saved_words(folder: Path) -> str:
 
 
 def _verdict(found: Conversion) -> str:
-    words = verdict_words(found.holds, found.budget, len(found.judgements))
+    words = verdict_words(found.holds, found.budget, len(found.judgements), is_local(found.plan))
     recall = found.judgements[-1].recall
     if recall is not None and not recall.kept:
         words += " Retrieval was lost."
