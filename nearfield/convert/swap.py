@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
 from nearfield.catalog import unknown
@@ -117,8 +116,3 @@ def positions(model: nn.Module) -> int | None:
     """The most tokens that the host was made for, None where it does not say."""
     config = getattr(model, "config", None)
     return getattr(config, "max_position_embeddings", None) if config is not None else None
-
-
-def seeded(seed: int) -> torch.Generator:
-    """A generator with a seed."""
-    return torch.Generator().manual_seed(seed)
