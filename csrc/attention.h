@@ -1,0 +1,438 @@
+// Neighborhood attention, forward and backward, over the blocks of lanes.h. Softmax is exact and online: a block's
+// maximum rescales what earlier blocks left. Each result is a sum in one fixed order, whatever the threads do.
+#pragma once
+#include <cstdlib>
+
+#include "lanes.h"
+#include "parallel.h"
+
+namespace nearfield {
+namespace {
+
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
+
+// Memory in one piece, handed out in aligned parts; without a base it only counts.
+struct Arena {
+    char *base;
+    size_t used = 0;
+    explicit Arena(void *memory) : base(static_cast<char *>(memory)) {}
+    template <class T>
+    T *take(int64_t count) {
+        char *at = base + used;
+        used += size_t(round_up(int64_t(sizeof(T)) * count, int64_t(64)));
+        return base ? reinterpret_cast<T *>(at) : nullptr;
+    }
+};
+
+struct Dims {  // of the working arrays, in units of 4 bytes
+    int64_t head, value;              // channels
+    int64_t head_units, value_units;  // units of a packed row of channels
+    int64_t head_wide, value_wide;    // channels up to whole rows of lanes
+};
+
+template <class P>
+Dims make_dims(const nearfield_attention &p) {
+    Dims d;
+    d.head = p.head_dim, d.value = p.value_dim;
+    d.head_units = ceil_div(d.head, int64_t(P::PACK)), d.value_units = ceil_div(d.value, int64_t(P::PACK));
+    d.head_wide = round_up(d.head, int64_t(LANES)), d.value_wide = round_up(d.value, int64_t(LANES));
+    return d;
+}
+
+// The state of one row of lanes.
+struct State {
+    Lanes lanes;
+    float *query, *out;                // [units][LANES]; backward: `out` is the gradient of the query
+    alignas(64) float top[LANES];      // forward: maximum; backward: log-sum-exp, both in powers of two
+    alignas(64) float total[LANES];    // forward: sum of weights; backward: rowsum(grad_out * out) - grad_lse
+    float *grad_out;                   // [units][LANES]
+    float *query_rows, *grad_out_rows; // [LANES / PACK][channels], lanes in pairs for bfloat16
+    bool is_fresh;                     // nothing summed yet
+};
+
+// `sinks[batch]`: tokens of the sinks, the first unmasked keys of each row; -1 behind the last.
+struct Job {
+    const nearfield_attention *problems;
+    Plan *plans;
+    int64_t *first_task;   // [count + 1]
+    int32_t **sinks;       // one table a problem, or NULL
+    float **sink_grads;    // backward: [batch][kv_head][sinks][head_wide + value_wide], or NULL
+    float **bias_parts;    // backward: [batch][heads][table], or NULL
+    int64_t count;
+};
+
+inline int64_t num_sinks(const nearfield_attention &p) { return least(p.num_sinks, p.axis[2].size); }
+
+inline int64_t bias_size(const nearfield_attention &p) {
+    return (2 * p.axis[0].kernel_size - 1) * (2 * p.axis[1].kernel_size - 1) * (2 * p.axis[2].kernel_size - 1);
+}
+
+// The working memory of one thread.
+template <class P>
+struct Work {
+    Packed<P> key, value;
+    float *scores, *grads;           // [SLOTS][LANES]
+    float *weights_pair, *grads_pair, *weights_lanes, *grads_lanes;  // bfloat16 pairs of slots, of lanes
+    float *staging, *staging_more;   // [LANES][channels]
+    State *state;
+    Masks *masks;
+    Block *block;
+    Box box;
+
+    // `keys`: rows of the largest unit; `rows`: of the largest tile.
+    void place(Arena &arena, const Dims &d, int64_t keys, int64_t rows, bool backward) {
+        keys = most(keys, int64_t(SLOTS));  // lists come in blocks
+        int64_t slot_floats = int64_t(SLOTS + LANES) * LANES;
+        key.place(arena.take<float>((keys + 1) * (key.row_size(d.head) + key.pair_size(d.head))), keys, d.head);
+        value.place(arena.take<float>((keys + 1) * (value.row_size(d.value) + value.pair_size(d.value))), keys, d.value);
+        scores = arena.take<float>(slot_floats);
+        grads = backward ? arena.take<float>(slot_floats) : nullptr;
+        weights_pair = grads_pair = weights_lanes = grads_lanes = nullptr;
+        if (P::PACK == 2) {
+            weights_pair = arena.take<float>(slot_floats / 2);
+            if (backward) grads_pair = arena.take<float>(slot_floats / 2);
+            if (backward) weights_lanes = arena.take<float>(slot_floats / 2);
+            if (backward) grads_lanes = arena.take<float>(slot_floats / 2);
+        }
+        staging = arena.take<float>(LANES * most(d.head_wide, d.value_wide));
+        staging_more = arena.take<float>(LANES * most(d.head_wide, d.value_wide));
+        masks = arena.take<Masks>(1);
+        block = arena.take<Block>(1);
+        state = arena.take<State>(rows);
+        for (int64_t i = 0; i < rows; i++) {
+            float *parts[5] = {};
+            int64_t sizes[5] = {d.head_wide, backward ? d.head_wide : d.value_wide, d.value_wide, d.head_wide, d.value_wide};
+            for (int j = 0; j < (backward ? 5 : 2); j++) parts[j] = arena.take<float>(sizes[j] * LANES);
+            if (!arena.base) continue;
+            State &s = state[i];
+            s.query = parts[0], s.out = parts[1], s.grad_out = parts[2], s.query_rows = parts[3], s.grad_out_rows = parts[4];
+        }
+    }
+};
+
+// Bytes of one row of lanes and of one packed key: what plans weigh against the caches.
+template <class P>
+int64_t row_bytes(const Dims &d, bool backward) {
+    int64_t floats = d.head_wide + (backward ? 2 * d.head_wide + 2 * d.value_wide : d.value_wide);
+    return floats * LANES * 4 + int64_t(sizeof(State));
+}
+template <class P>
+int64_t key_bytes(const Dims &d, bool backward) {
+    int64_t floats = Packed<P>::row_size(d.head) + (P::PACK == 2 && !backward ? 0 : Packed<P>::row_size(d.value));
+    if (P::PACK == 2) floats += Packed<P>::pair_size(backward ? d.head : d.value);
+    return 4 * (floats + (backward ? d.head_wide + d.value_wide : 0));
+}
+
+// Address of lane i's row in a tensor of queries.
+inline char *lane_row(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes, int i,
+                      const nearfield_tensor &x, int64_t bytes) {
+    int64_t at[3];
+    for (int a = 0; a < 3; a++) at[a] = lanes.position[a][i] * p.axis[a].dilation + plane.group[a];
+    return address(x, bytes, plane.batch, at[0], at[1], at[2] - p.first_query, plane.kv_head * plan.group + lanes.head[i]);
+}
+
+// Rows of all lanes as units [units][LANES]; idle lanes are zeros.
+template <class P>
+void read_lanes(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes,
+                const nearfield_tensor &x, int64_t channels, float *staging, float *to) {
+    int64_t units = round_up(ceil_div(channels, int64_t(P::PACK)), int64_t(LANES));
+    for (int i = 0; i < LANES; i++) {
+        float *row = staging + i * units;
+        if (i < lanes.count)
+            read_units<P>(lane_row(p, plane, plan, lanes, i, x, item_bytes(p.dtype)), p.dtype, channels, row, units);
+        else
+            memset(row, 0, 4 * units);
+    }
+    transpose_in(staging, int(units), to);
+}
+
+// What one kernel does on one thread: the task's plane, its tile of rows, the walk over its keys.
+template <class P>
+struct Walk {
+    const nearfield_attention &p;
+    const Plan &plan;
+    const Dims d;
+    Plane plane;
+    Work<P> work;
+    BiasTable bias;
+    Source source;
+    int64_t rows = 0;
+    Box reach;  // keys that some row of the tile sees
+
+    Walk(const Job &job, int64_t number) : p(job.problems[number]), plan(job.plans[number]), d(make_dims<P>(p)) {}
+
+    void enter(int64_t batch, int64_t kv_head, int64_t number) {
+        plane = make_plane(plan, batch, kv_head, number);
+        source = Source{&p, &plane, nullptr, false};
+        bias.gradient = nullptr;
+        bias.entries = p.bias ? p.bias + kv_head * plan.group * bias_size(p) : nullptr;
+        for (int a = 0; a < 3; a++) bias.side[a] = 2 * p.axis[a].kernel_size - 1;
+    }
+
+    // The rows of a tile, without their channels. False if it has no queries, or none that sees a key of `wanted`.
+    bool open_tile(int64_t tile, const Box *wanted = nullptr) {
+        int64_t first[3];
+        for (int a = 2; a >= 0; a--) {
+            const PlaneAxis &axis = plane.axis[a];
+            first[a] = tile % plan.tiles[a] * plan.tile[a], tile /= plan.tiles[a];
+            int64_t from = axis.first_query + first[a] * plan.box[a], unused;
+            int64_t to = least(from + plan.tile[a] * plan.box[a], axis.length);
+            if (from >= to) return false;
+            axis.window(from, &reach.from[a], &unused);
+            axis.window(to - 1, &unused, &reach.to[a]);
+        }
+        if (wanted && common(reach, *wanted).empty()) return false;
+        rows = 0;
+        for (int64_t z = 0; z < plan.tile[0]; z++)
+            for (int64_t y = 0; y < plan.tile[1]; y++)
+                for (int64_t x = 0; x < plan.tile[2]; x++) {
+                    int64_t box[3] = {first[0] + z, first[1] + y, first[2] + x};
+                    for (int64_t h = 0; h < plan.head_boxes; h++) {
+                        Lanes &lanes = work.state[rows].lanes;
+                        make_lanes(plan, plane, box, h, lanes);
+                        if (!lanes.count) break;
+                        rows++;
+                    }
+                }
+        return rows > 0;
+    }
+
+    // Calls `run(state, block, unit)` for all blocks of one unit, packed before.
+    template <class Run>
+    void visit_unit(const Box &whole, Run run) {
+        work.block->trash = int32_t(plan.unit_rows());
+        for (int64_t i = 0; i < rows; i++) {
+            State &state = work.state[i];
+            bias.set_lanes(p, state.lanes);
+            for_each_block<P>(state.lanes, source, whole, bias, *work.masks, *work.block,
+                              [&](Block &block) { run(state, block); });
+        }
+    }
+
+    template <class Run>
+    void visit_list(int64_t keys, Run run) {
+        work.block->trash = SLOTS;
+        for (int64_t i = 0; i < rows; i++)
+            for_each_listed<P>(work.state[i].lanes, source, keys, *work.masks, *work.block,
+                               [&](Block &block) { run(work.state[i], block); });
+    }
+
+    // All keys of the tile, packed and visited: units of the grid, then sinks, then additional keys.
+    template <class Run>
+    void visit_all(const int32_t *sinks, bool key_pairs, bool value_rows, Run run) {
+        for (int64_t u = 0; u < plan.units_of_plane(); u++) {
+            Box whole = unit_box(plan, plane, u), part = common(whole, reach);
+            if (part.empty()) continue;
+            work.key.fill(source, p.key, d.head, whole, part, true, key_pairs);
+            work.value.fill(source, p.value, d.value, whole, part, value_rows, !value_rows);
+            visit_unit(whole, [&](State &state, Block &block) { run(state, block, u); });
+        }
+        visit_lists(sinks, key_pairs, value_rows, [&](State &state, Block &block, int64_t) { run(state, block, -1); });
+    }
+
+    // Sinks (of this batch entry) and additional keys in lists of SLOTS; `run` is told the first of them, additional
+    // keys counted from num_sinks on.
+    template <class Run>
+    void visit_lists(const int32_t *sinks, bool key_pairs, bool value_rows, Run run) {
+        int64_t listed[2] = {0, p.num_additional};
+        for (int64_t n = sinks ? num_sinks(p) : 0; listed[0] < n && sinks[listed[0]] >= 0;) listed[0]++;
+        for (int kind = 0; kind < 2; kind++)
+            for (int64_t first = 0; first < listed[kind]; first += SLOTS) {
+                int64_t keys = least(listed[kind] - first, int64_t(SLOTS));
+                pack_list(kind == 0 ? sinks + first : nullptr, first, keys, key_pairs, value_rows);
+                visit_list(keys, [&](State &state, Block &block) {
+                    run(state, block, kind == 0 ? first : num_sinks(p) + first);
+                });
+                source = Source{&p, &plane, nullptr, false};
+            }
+    }
+
+    // `first` is the place of the first one among the additional keys; sinks are found by their tokens.
+    void pack_list(const int32_t *sinks, int64_t first, int64_t keys, bool key_pairs, bool value_rows) {
+        source = Source{&p, &plane, sinks, sinks == nullptr};
+        Box whole{{0, 0, 0}, {1, 1, keys}};
+        nearfield_tensor key = sinks ? p.key : p.additional_key, value = sinks ? p.value : p.additional_value;
+        if (!sinks) {
+            key.data = static_cast<char *>(key.data) + item_bytes(p.dtype) * first * key.stride[3];
+            value.data = static_cast<char *>(value.data) + item_bytes(p.dtype) * first * value.stride[3];
+        }
+        work.key.fill(source, key, d.head, whole, whole, true, key_pairs);
+        work.value.fill(source, value, d.value, whole, whole, value_rows, !value_rows);
+    }
+};
+
+// Scores of a stretch: scaled, biased, in powers of two, -inf where masked.
+template <bool MASK, bool BIAS>
+NEARFIELD_INLINE void finish_scores(const Stretch &s, const BiasTable &bias, float scale, float *at, vec *top) {
+    static const int32_t all[LANES] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    const int32_t *mask = s.mask ? s.mask : all;
+    int step = s.mask ? LANES : 0;
+    for (int part = 0; part < PARTS; part++) {
+        ivec run = load_int(s.run_mask + part * WIDTH);
+        vec best = top[part];
+        for (int i = 0; i < s.count; i++) {
+            float *here = at + i * LANES + part * WIDTH;
+            vec x = load(here) * scale;
+            ivec seen = run;
+            if (MASK) seen &= load_int(mask + i * step + part * WIDTH);
+            if (BIAS) x += gather(bias.entries, bias.lane[part] + (s.bias_at + i), seen) * LOG2E;
+            if (MASK) x = seen ? x : splat(-INFINITE);
+            store(here, x);
+            best = larger(x, best);
+        }
+        top[part] = best;
+    }
+}
+
+inline void finish_block(const Block &block, const BiasTable &bias, float scale, float *scores, vec *top) {
+    for (int i = 0; i < block.stretches; i++) {
+        const Stretch &s = block.stretch[i];
+        bool has_bias = s.bias_at != NOWHERE && bias.entries;
+        if (s.is_masked)
+            has_bias ? finish_scores<true, true>(s, bias, scale, scores, top)
+                     : finish_scores<true, false>(s, bias, scale, scores, top);
+        else
+            has_bias ? finish_scores<false, true>(s, bias, scale, scores, top)
+                     : finish_scores<false, false>(s, bias, scale, scores, top);
+        scores += s.count * LANES;
+    }
+}
+
+#if defined(__AVX512BF16__)
+// Two rows of numbers as pairs of bfloat16: the first row's in the low halves.
+NEARFIELD_INLINE vec as_pairs(vec first, vec second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+NEARFIELD_INLINE void store_lanes(float *to, vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
+template <class P>
+void forward_block(Walk<P> &walk, State &state, Block &block) {
+    Work<P> &work = walk.work;
+    const Dims &d = walk.d;
+    float *scores_at = work.scores;
+    scores<P>(work.key.rows, work.key.row_stride, block.row, state.query, scores_at, block.padded(), int(d.head_units));
+    vec top[PARTS], safe[PARTS], total[PARTS];
+    bool is_same = true;
+    for (int j = 0; j < PARTS; j++) top[j] = load(state.top + j * WIDTH);
+    finish_block(block, walk.bias, float(walk.p.scale) * LOG2E, scores_at, top);
+    for (int j = 0; j < PARTS; j++) {
+        vec before = load(state.top + j * WIDTH);
+        safe[j] = top[j] == -INFINITE ? vec{} : top[j];
+        vec factor = exp2<5>(before - safe[j]);
+        total[j] = load(state.total + j * WIDTH) * factor;
+        store(state.top + j * WIDTH, top[j]);
+        store(work.staging + j * WIDTH, factor);
+        for (int i = 0; i < WIDTH; i++) is_same &= factor[i] == 1.0f;
+    }
+    if (!is_same && !state.is_fresh)
+        for (int j = 0; j < PARTS; j++) {
+            vec factor = load(work.staging + j * WIDTH);
+            for (int64_t r = 0; r < d.value; r++)
+                store(state.out + r * LANES + j * WIDTH, load(state.out + r * LANES + j * WIDTH) * factor);
+        }
+    state.is_fresh = false;
+    const float *weights = scores_at;
+    if constexpr (P::PACK == 1) {
+        for (int i = 0; i < block.slots; i++)
+            for (int j = 0; j < PARTS; j++) {
+                float *at = scores_at + i * LANES + j * WIDTH;
+                vec w = exp2<5>(load(at) - safe[j]);
+                total[j] += w;
+                store(at, w);
+            }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (P::PACK == 2) {
+        weights = work.weights_pair;
+        vec odd{};
+        for (int i = 0; i < block.slots; i += 2) {
+            vec a = exp2<3>(load(scores_at + i * LANES) - safe[0]), b = exp2<3>(load(scores_at + (i + 1) * LANES) - safe[0]);
+            total[0] += a, odd += b;
+            store(work.weights_pair + i / 2 * LANES, as_pairs(a, b));
+        }
+        total[0] += odd;
+    }
+#endif
+    for (int j = 0; j < PARTS; j++) store(state.total + j * WIDTH, total[j]);
+    accumulate<P>(work.value.pairs, work.value.pair_stride, block.row, weights, state.out, int(d.value), block.slots / P::PACK);
+}
+
+template <class P>
+void finish_forward(Walk<P> &walk, State &state) {
+    const nearfield_attention &p = walk.p;
+    const Dims &d = walk.d;
+    Lanes &lanes = state.lanes;
+    int64_t head = walk.plane.kv_head * walk.plan.group;
+    alignas(64) float factor[LANES];
+    for (int i = 0; i < LANES; i++) {
+        float top = state.top[i], total = state.total[i], extra = 1;
+        if (p.sink_logits && i < lanes.count) {  // one more weight, of the value zero
+            float logit = p.sink_logits[head + lanes.head[i]] * LOG2E, higher = most(top, logit);
+            if (higher != -INFINITE) {
+                extra = __builtin_exp2f(top - higher);
+                total = total * extra + __builtin_exp2f(logit - higher);
+                top = higher;
+            }
+        }
+        bool is_blind = total == 0;
+        factor[i] = is_blind ? 0 : extra / total;
+        float lse = is_blind ? -INFINITE : (top + __builtin_log2f(total)) * LN2;
+        if (i < lanes.count) *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.lse, 4)) = lse;
+    }
+    for (int64_t r = 0; r < d.value; r++)
+        for (int j = 0; j < LANES; j += WIDTH)
+            store(state.out + r * LANES + j, load(state.out + r * LANES + j) * load(factor + j));
+    transpose_out(state.out, int(d.value_wide), walk.work.staging);
+    for (int i = 0; i < lanes.count; i++)
+        write_row(walk.work.staging + i * d.value_wide, d.value,
+                  lane_row(p, walk.plane, walk.plan, lanes, i, p.out, item_bytes(p.dtype)), p.dtype);
+}
+
+// Problem and remaining task of a job's task.
+inline int64_t find_problem(const Job &job, int64_t *task) {
+    int64_t low = 0, high = job.count - 1;
+    while (low < high) {
+        int64_t middle = (low + high + 1) / 2;
+        if (job.first_task[middle] <= *task)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    *task -= job.first_task[low];
+    return low;
+}
+
+template <class P>
+void forward_task(void *context, int64_t task, void *memory) {
+    const Job &job = *static_cast<Job *>(context);
+    int64_t number = find_problem(job, &task);
+    Walk<P> walk(job, number);
+    const Plan &plan = walk.plan;
+    Arena arena(memory);
+    walk.work.place(arena, walk.d, plan.unit_rows(), plan.rows_in_tile(), false);
+
+    int64_t tile = task % plan.tiles_of_plane();
+    task /= plan.tiles_of_plane();
+    int64_t plane = task % plan.planes;
+    task /= plan.planes;
+    walk.enter(task / walk.p.kv_heads, task % walk.p.kv_heads, plane);
+    if (!walk.open_tile(tile)) return;
+    for (int64_t i = 0; i < walk.rows; i++) {
+        State &state = walk.work.state[i];
+        read_lanes<P>(walk.p, walk.plane, plan, state.lanes, walk.p.query, walk.d.head, walk.work.staging, state.query);
+        memset(state.out, 0, sizeof(float) * size_t(walk.d.value_wide) * LANES);
+        for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0;
+        state.is_fresh = true;
+    }
+    const int32_t *sinks = job.sinks && job.sinks[number] ? job.sinks[number] + walk.plane.batch * num_sinks(walk.p) : nullptr;
+    walk.visit_all(sinks, false, false, [&](State &state, Block &block, int64_t) { forward_block(walk, state, block); });
+    for (int64_t i = 0; i < walk.rows; i++) finish_forward(walk, walk.work.state[i]);
+}
+
+}  // namespace
+}  // namespace nearfield

@@ -1,0 +1,93 @@
+// The C interface of the CPU kernels: plain pointers, strides and sizes. No torch, no Python.
+//
+// Every function returns NEARFIELD_OK or an error; after an error nothing was written. Sizes and strides count
+// elements. The last dimension (channels) of every tensor is contiguous.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define NEARFIELD_API __declspec(dllexport)
+#else
+#define NEARFIELD_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a structure or the meaning of a field changes; the loader refuses another one.
+#define NEARFIELD_ABI 1
+
+enum { NEARFIELD_F32 = 0, NEARFIELD_BF16 = 1, NEARFIELD_F16 = 2 };           // dtype
+enum { NEARFIELD_SHIFT = 0, NEARFIELD_TRUNCATE = 1, NEARFIELD_PAD = 2 };     // border
+enum { NEARFIELD_OK = 0, NEARFIELD_INVALID = 1, NEARFIELD_NO_MEMORY = 2 };   // result
+
+// [batch, z, y, x, head, channel]; data is NULL where the tensor is absent. Axes of one token may have any stride.
+typedef struct {
+    void *data;
+    int64_t stride[5];  // of batch, z, y, x, head
+} nearfield_tensor;
+
+typedef struct {
+    int64_t size, kernel_size, stride, dilation;
+    int64_t is_causal;
+} nearfield_axis;
+
+// Neighborhood attention on a grid of three axes (those of fewer lead with size 1, kernel_size 1).
+// Semantics: nearfield/ops/neighborhood/geometry.py and reference.py.
+typedef struct {
+    int64_t dtype, border;
+    int64_t batch, heads, kv_heads, head_dim, value_dim;
+    nearfield_axis axis[3];
+    int64_t first_query;     // on axis x, causal 1-D only: queries are the tokens from here to the end; else 0
+    int64_t num_sinks;       // 1-D only
+    int64_t num_additional;  // additional keys, seen by every query
+    double scale;
+
+    nearfield_tensor query;              // grid of the queries: x counts from first_query
+    nearfield_tensor key, value;
+    nearfield_tensor additional_key, additional_value;  // [batch, 1, 1, num_additional, kv_heads, channel]
+    const float *bias;                   // [heads, 2 kz - 1, 2 ky - 1, 2 kx - 1] contiguous, or NULL
+    const uint8_t *key_mask;             // [batch, z, y, x] contiguous, 0: seen by nobody; or NULL
+    const float *sink_logits;            // [heads] or NULL
+
+    nearfield_tensor out;                // forward: written; backward: read
+    nearfield_tensor lse;                // float, stride as query without channels; forward: written; backward: read
+
+    // backward only; gradients have the dtype of the inputs and are overwritten, all of them
+    nearfield_tensor grad_out;
+    nearfield_tensor grad_lse;           // float, or absent
+    nearfield_tensor grad_query, grad_key, grad_value, grad_additional_key, grad_additional_value;
+    float *grad_bias;                    // [heads, 2 kz - 1, ...] contiguous; summed over the batch; or NULL: not wanted
+} nearfield_attention;
+
+// `count` problems as one parallel job: one call for a batch of sequences, or grids, of different sizes.
+// A gradient of a bias is wanted from all of them or none, each with its own table.
+NEARFIELD_API int nearfield_attention_forward(const nearfield_attention *problems, int64_t count, int64_t threads);
+NEARFIELD_API int nearfield_attention_backward(const nearfield_attention *problems, int64_t count, int64_t threads);
+
+// A few queries against a cache of keys in any order: which of them each query sees is a table of bytes.
+typedef struct {
+    int64_t dtype;
+    int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;
+    double scale;
+    nearfield_tensor query, key, value, out;  // tokens on axis x
+    nearfield_tensor lse;                     // float, or absent
+    const uint8_t *visible;                   // [batch or 1, num_queries, num_keys], or NULL: all are seen
+    int64_t visible_stride[2];                // of batch (0: one row for all) and query; keys are contiguous
+    const float *addend;                      // added to the scores [batch, heads, num_queries, num_keys], or NULL
+    int64_t addend_stride[3];                 // of batch, head, query (each may be 0); keys are contiguous
+} nearfield_decode;
+
+NEARFIELD_API int nearfield_decode_forward(const nearfield_decode *problem, int64_t threads);
+
+// Instruction sets, best first, as a list "avx512bf16 avx512 avx2 baseline" of those that this machine executes.
+NEARFIELD_API const char *nearfield_isas(void);
+// The one in use, or NULL before the first choice; `nearfield_use` returns NEARFIELD_INVALID for another name.
+NEARFIELD_API const char *nearfield_isa(void);
+NEARFIELD_API int nearfield_use(const char *isa);
+NEARFIELD_API int64_t nearfield_abi(void);
+
+#ifdef __cplusplus
+}
+#endif

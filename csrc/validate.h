@@ -1,0 +1,10 @@
+// Refuses descriptors that a kernel must not see, from their numbers alone: no tensor is read.
+#pragma once
+#include "nearfield.h"
+
+namespace nearfield {
+
+int validate_attention(const nearfield_attention *problems, int64_t count, int64_t threads, bool backward);
+int validate_decode(const nearfield_decode *problem, int64_t threads);
+
+}  // namespace nearfield
