@@ -45,6 +45,7 @@ struct State {
     float *query, *out;                // [units][LANES]; backward: `out` is the gradient of the query
     alignas(64) float top[LANES];      // forward: maximum; backward: log-sum-exp, both in powers of two
     alignas(64) float total[LANES];    // forward: sum of weights; backward: rowsum(grad_out * out) - grad_lse
+    alignas(64) float scale[LANES];    // forward: factor on `out` besides 1 / total
     float *grad_out;                   // [units][LANES]
     float *query_rows, *grad_out_rows; // [LANES / PACK][channels], lanes in pairs for bfloat16
     bool is_fresh;                     // nothing summed yet
@@ -136,6 +137,8 @@ template <class P>
 void read_lanes(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes,
                 const nearfield_tensor &x, int64_t channels, float *staging, float *to) {
     int64_t units = round_up(ceil_div(channels, int64_t(P::PACK)), int64_t(LANES));
+    for (int i = 0; i < lanes.count; i++)
+        prefetch(lane_row(p, plane, plan, lanes, i, x, item_bytes(p.dtype)), channels * item_bytes(p.dtype));
     for (int i = 0; i < LANES; i++) {
         float *row = staging + i * units;
         if (i < lanes.count)
@@ -362,35 +365,41 @@ void forward_block(Walk<P> &walk, State &state, Block &block) {
     accumulate<P>(work.value.pairs, work.value.pair_stride, block.row, weights, state.out, int(d.value), block.slots / P::PACK);
 }
 
+// One more weight in the total of each lane, of the value zero; `state.scale` is what the others shrink by.
+inline void add_sink_logits(const float *logits, State &state) {
+    for (int i = 0; i < state.lanes.count; i++) {
+        float logit = logits[state.lanes.head[i]] * LOG2E, top = most(state.top[i], logit);
+        if (top == -INFINITE) continue;
+        state.scale[i] = __builtin_exp2f(state.top[i] - top);
+        state.total[i] = state.total[i] * state.scale[i] + __builtin_exp2f(logit - top);
+        state.top[i] = top;
+    }
+}
+
 template <class P>
 void finish_forward(Walk<P> &walk, State &state) {
     const nearfield_attention &p = walk.p;
     const Dims &d = walk.d;
     Lanes &lanes = state.lanes;
-    int64_t head = walk.plane.kv_head * walk.plan.group;
-    alignas(64) float factor[LANES];
-    for (int i = 0; i < LANES; i++) {
-        float top = state.top[i], total = state.total[i], extra = 1;
-        if (p.sink_logits && i < lanes.count) {  // one more weight, of the value zero
-            float logit = p.sink_logits[head + lanes.head[i]] * LOG2E, higher = most(top, logit);
-            if (higher != -INFINITE) {
-                extra = __builtin_exp2f(top - higher);
-                total = total * extra + __builtin_exp2f(logit - higher);
-                top = higher;
-            }
-        }
-        bool is_blind = total == 0;
-        factor[i] = is_blind ? 0 : extra / total;
-        float lse = is_blind ? -INFINITE : (top + __builtin_log2f(total)) * LN2;
-        if (i < lanes.count) *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.lse, 4)) = lse;
+    alignas(64) float factor[LANES], lse[LANES];
+    if (p.sink_logits) add_sink_logits(p.sink_logits + walk.plane.kv_head * walk.plan.group, state);
+    for (int j = 0; j < LANES; j += WIDTH) {
+        vec top = load(state.top + j), total = load(state.total + j);
+        ivec is_blind = (ivec)(total == vec{});
+        vec sum = (top + log2(total)) * LN2;
+        sum = (ivec)(total != total) ? total : sum;  // the logarithm loses a NaN
+        store(lse + j, is_blind ? splat(-INFINITE) : sum);
+        store(factor + j, is_blind ? vec{} : load(state.scale + j) / total);
     }
     for (int64_t r = 0; r < d.value; r++)
         for (int j = 0; j < LANES; j += WIDTH)
             store(state.out + r * LANES + j, load(state.out + r * LANES + j) * load(factor + j));
     transpose_out(state.out, int(d.value_wide), walk.work.staging);
-    for (int i = 0; i < lanes.count; i++)
+    for (int i = 0; i < lanes.count; i++) {
+        *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.lse, 4)) = lse[i];
         write_row(walk.work.staging + i * d.value_wide, d.value,
                   lane_row(p, walk.plane, walk.plan, lanes, i, p.out, item_bytes(p.dtype)), p.dtype);
+    }
 }
 
 // Problem and remaining task of a job's task.
@@ -416,17 +425,18 @@ void forward_task(void *context, int64_t task, void *memory) {
     Arena arena(memory);
     walk.work.place(arena, walk.d, plan.unit_rows(), plan.rows_in_tile(), false);
 
+    // heads first: their rows of the same tokens lie side by side in memory
+    int64_t head = task % walk.p.kv_heads;
+    task /= walk.p.kv_heads;
     int64_t tile = task % plan.tiles_of_plane();
     task /= plan.tiles_of_plane();
-    int64_t plane = task % plan.planes;
-    task /= plan.planes;
-    walk.enter(task / walk.p.kv_heads, task % walk.p.kv_heads, plane);
+    walk.enter(task / plan.planes, head, task % plan.planes);
     if (!walk.open_tile(tile)) return;
     for (int64_t i = 0; i < walk.rows; i++) {
         State &state = walk.work.state[i];
         read_lanes<P>(walk.p, walk.plane, plan, state.lanes, walk.p.query, walk.d.head, walk.work.staging, state.query);
         memset(state.out, 0, sizeof(float) * size_t(walk.d.value_wide) * LANES);
-        for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0;
+        for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0, state.scale[j] = 1;
         state.is_fresh = true;
     }
     const int32_t *sinks = job.sinks && job.sinks[number] ? job.sinks[number] + walk.plane.batch * num_sinks(walk.p) : nullptr;

@@ -227,8 +227,9 @@ void backward_task(void *context, int64_t task, void *memory) {
     int64_t within = job.phase == QUERIES ? plan.tiles_of_plane() * plan.planes
                      : job.phase == KEYS  ? plan.units_of_plane() * plan.planes
                                           : 1;
-    int64_t part = task % within, head = task / within;
-    int64_t batch = head / p.kv_heads, kv_head = head % p.kv_heads;
+    // heads first: their rows of the same tokens lie side by side in memory
+    int64_t kv_head = task % p.kv_heads, part = task / p.kv_heads % within, batch = task / p.kv_heads / within;
+    int64_t head = batch * p.kv_heads + kv_head;
     const int32_t *sinks = job.sinks && job.sinks[number] ? job.sinks[number] + batch * num_sinks(p) : nullptr;
     float *sink_grads = sinks ? job.sink_grads[number] + head * num_sinks(p) * (d.head_wide + d.value_wide) : nullptr;
     int64_t unit_row = plan.unit_rows() + 1;

@@ -1,5 +1,6 @@
 // All kernels for one instruction set: compiled once for each, with NEARFIELD_ISA naming the table.
 #include "backward.h"
+#include "decode.h"
 #include "table.h"
 
 namespace nearfield {
@@ -209,5 +210,5 @@ int attention_backward(const nearfield_attention *problems, int64_t count, int64
 extern "C" const nearfield::Table NEARFIELD_TABLE(NEARFIELD_ISA) = {
     nearfield::attention_forward,
     nearfield::attention_backward,
-    nullptr,
+    nearfield::decode_forward,
 };

@@ -32,27 +32,30 @@ inline void make_lanes(const Plan &plan, const Plane &plane, const int64_t *box,
     }
     at[3] = head_box * plan.box[3];
     sides[3] = least(plan.box[3], plan.group - at[3]);
-    int n = 0;
-    for (int64_t z = 0; z < sides[0]; z++)
-        for (int64_t y = 0; y < sides[1]; y++)
-            for (int64_t x = 0; x < sides[2]; x++)
+    int32_t start[3][LANES], end[3][LANES];
+    for (int a = 0; a < 3; a++)
+        for (int64_t i = 0; i < sides[a]; i++) {
+            int64_t first, last;
+            plane.axis[a].window(at[a] + i, &first, &last);
+            start[a][i] = int32_t(first), end[a][i] = int32_t(last);
+        }
+    int32_t n = 0, place[3];
+    auto set = [&](int i, int a) {
+        lanes.position[a][i] = int32_t(at[a]) + place[a];
+        lanes.start[a][i] = start[a][place[a]], lanes.end[a][i] = end[a][place[a]];
+    };
+    for (place[0] = 0; place[0] < sides[0]; place[0]++)
+        for (place[1] = 0; place[1] < sides[1]; place[1]++)
+            for (place[2] = 0; place[2] < sides[2]; place[2]++)
                 for (int64_t h = 0; h < sides[3]; h++, n++) {
-                    int64_t place[3] = {at[0] + z, at[1] + y, at[2] + x};
                     lanes.head[n] = int32_t(at[3] + h);
-                    for (int a = 0; a < 3; a++) {
-                        int64_t start, end;
-                        plane.axis[a].window(place[a], &start, &end);
-                        lanes.position[a][n] = int32_t(place[a]);
-                        lanes.start[a][n] = int32_t(start), lanes.end[a][n] = int32_t(end);
-                    }
+                    for (int a = 0; a < 3; a++) set(n, a);
                 }
     lanes.count = n;
+    for (int a = 0; a < 3; a++) place[a] = int32_t(sides[a]) - 1;
     for (int i = n; n && i < LANES; i++) {
         lanes.head[i] = lanes.head[n - 1];
-        for (int a = 0; a < 3; a++) {
-            lanes.position[a][i] = lanes.position[a][n - 1];
-            lanes.start[a][i] = lanes.start[a][n - 1], lanes.end[a][i] = lanes.end[a][n - 1];
-        }
+        for (int a = 0; a < 3; a++) set(i, a);
     }
 }
 

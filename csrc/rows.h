@@ -7,7 +7,7 @@ namespace nearfield {
 namespace {
 
 // `n` channels as floats.
-inline void read_row(const void *from, int64_t dtype, int64_t n, float *to) {
+NEARFIELD_INLINE void read_row(const void *from, int64_t dtype, int64_t n, float *to) {
     if (dtype == NEARFIELD_F32) {
         const float *at = static_cast<const float *>(from);
         int64_t i = 0;
@@ -97,6 +97,12 @@ NEARFIELD_INLINE char *address(const nearfield_tensor &x, int64_t bytes, int64_t
                                                   w * x.stride[3] + head * x.stride[4]);
 }
 
+// Rows of one head lie far apart, where no hardware prefetcher follows: they are asked for some rows ahead.
+constexpr int64_t AHEAD = 8;
+NEARFIELD_INLINE void prefetch(const char *at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // Where keys come from: tokens of a plane, or a list of tokens (sinks), or the additional keys.
 struct Source {
     const nearfield_attention *problem;
@@ -116,6 +122,17 @@ struct Source {
         if (!p.key_mask || is_outside(z, y, x)) return false;
         int64_t row = (plane->batch * p.axis[0].size + token(0, z)) * p.axis[1].size + token(1, y);
         return !p.key_mask[row * p.axis[2].size + token(2, x)];
+    }
+
+    // Whether the keys [from, to) of a run are tokens, none of them masked, one step apart.
+    bool is_plain(int64_t z, int64_t y, int64_t from, int64_t to) const {
+        if (is_additional) return true;
+        return !tokens && !problem->key_mask && !is_outside(z, y, from) && !is_outside(z, y, to - 1);
+    }
+
+    // Bytes from a key of a run to the next.
+    int64_t step(const nearfield_tensor &x) const {
+        return item_bytes(problem->dtype) * x.stride[3] * (is_additional ? 1 : problem->axis[2].dilation);
     }
 
     // The address of a key's row in `x`, or NULL for one that counts as zeros: outside the grid, or masked.
@@ -150,22 +167,23 @@ struct Packed {
     void fill(const Source &source, const nearfield_tensor &x, int64_t channels, const Box &whole, const Box &box,
               bool with_rows, bool with_pairs) {
         int64_t side_y = whole.to[1] - whole.from[1], side_x = whole.to[2] - whole.from[2];
+        int64_t dtype = source.problem->dtype, bytes = item_bytes(dtype) * channels, step = source.step(x);
+        with_rows |= P::PACK == 1;
         for (int64_t z = box.from[0]; z < box.to[0]; z++)
             for (int64_t y = box.from[1]; y < box.to[1]; y++) {
                 int64_t run = ((z - whole.from[0]) * side_y + y - whole.from[1]) * side_x - whole.from[2];
-                const char *next = source.row(x, z, y, box.from[2]);
+                bool is_plain = source.is_plain(z, y, box.from[2], box.to[2]);  // then rows follow by `step`
+                char *next = source.row(x, z, y, box.from[2]);
                 for (int64_t w = box.from[2]; w < box.to[2]; w++) {
                     const char *here = next;
-                    next = w + 1 < box.to[2] ? source.row(x, z, y, w + 1) : nullptr;
+                    next = w + 1 >= box.to[2] ? nullptr : is_plain ? next + step : source.row(x, z, y, w + 1);
+                    if (here) prefetch(here + AHEAD * step, bytes);
                     float *to = rows + (run + w) * row_stride;
-                    if (with_rows || P::PACK == 1) {
-                        if (here)
-                            read_units<P>(here, source.problem->dtype, channels, to, row_stride);
-                        else
-                            memset(to, 0, 4 * row_stride);
-                    }
-                    if constexpr (P::PACK == 2)
-                        if (with_pairs) read_pairs(here, next, channels, pairs + (run + w) * pair_stride);
+                    if (with_rows && here)
+                        read_units<P>(here, dtype, channels, to, row_stride);
+                    else if (with_rows)
+                        memset(to, 0, 4 * row_stride);
+                    if (P::PACK == 2 && with_pairs) read_pairs(here, next, channels, pairs + (run + w) * pair_stride);
                 }
             }
     }
