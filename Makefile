@@ -13,31 +13,32 @@ ARGS ?=
 VENV := .venv
 PARITY := .venv-parity
 INPUTS := pyproject.toml constraints.txt demo-data.txt
+KERNELS := nearfield/_kernels.so
 
 .PHONY: demo test check-shapes check-parity check-native lint clean
 
-demo: $(VENV)/.installed  ## a real language model becomes local: table, picture, report
+demo: $(VENV)/.installed $(KERNELS)  ## a real language model becomes local: table, picture, report
 	rm -rf out/demo
 	$(VENV)/bin/nearfield convert --quick --out out/demo
 
-test: $(VENV)/.installed  ## the whole suite
+test: $(VENV)/.installed $(KERNELS)  ## the whole suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # Left out: what Dynamo traces (not under that hook), and tests of refusals, which the hook refuses first.
 SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled seam torch_nn transformers measure sensitivity)
 
-check-shapes: $(VENV)/.installed  ## annotated shapes and types of operators, hosts and measures, at run time
+check-shapes: $(VENV)/.installed $(KERNELS)  ## annotated shapes and types of operators, hosts and measures, at run time
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype \
 	    -m "not compile" -k "not refuse" $(SHAPED) $(ARGS)
 
-check-native: $(VENV)/.installed  ## sanitizers and wide sweeps over the C++ kernels
+check-native: $(VENV)/.installed $(KERNELS)  ## sanitizers and wide sweeps over the C++ kernels
 	@if compgen -G "csrc/*" > /dev/null; then \
 	    $(VENV)/bin/python -m pytest -m native $(ARGS); \
 	else \
 	    echo "check-native: this version has no C++ kernels (no csrc/), so there is nothing to check."; \
 	fi
 
-check-parity: $(PARITY)/.installed  ## against NATTEN, timm and official code, in an environment of their own
+check-parity: $(PARITY)/.installed $(KERNELS)  ## against NATTEN, timm and official code, in an environment of their own
 	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)
 
 lint: $(VENV)/.installed  ## style, types of names, order of imports, derived pages
@@ -47,7 +48,11 @@ lint: $(VENV)/.installed  ## style, types of names, order of imports, derived pa
 	$(VENV)/bin/python docs/generate.py --check
 
 clean:
-	rm -rf $(VENV) $(PARITY)
+	rm -rf $(VENV) $(PARITY) $(KERNELS)
+
+# An installation compiles them too; this does it again after a change. Where it cannot be done it says why.
+$(KERNELS): $(wildcard csrc/*.cpp csrc/*.h) hatch_build.py
+	$(PYTHON) hatch_build.py --optional
 
 # torch first and under a constraint: nothing after it can then bring in another build of torch.
 $(VENV)/.installed: $(INPUTS)

@@ -124,29 +124,45 @@ int64_t key_bytes(const Dims &d, bool backward) {
     return 4 * (floats + (backward ? d.head_wide + d.value_wide : 0));
 }
 
-// Address of lane i's row in a tensor of queries.
-inline char *lane_row(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes, int i,
-                      const nearfield_tensor &x, int64_t bytes) {
-    int64_t at[3];
-    for (int a = 0; a < 3; a++) at[a] = lanes.position[a][i] * p.axis[a].dilation + plane.group[a];
-    return address(x, bytes, plane.batch, at[0], at[1], at[2] - p.first_query, plane.kv_head * plan.group + lanes.head[i]);
+// Addresses of the lanes' rows in a tensor of queries.
+inline void find_rows(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes,
+                      const nearfield_tensor &x, int64_t bytes, char **rows) {
+    int64_t step[3];
+    for (int a = 0; a < 3; a++) step[a] = bytes * x.stride[a + 1] * p.axis[a].dilation;
+    char *base = address(x, bytes, plane.batch, plane.group[0], plane.group[1], plane.group[2] - p.first_query,
+                         plane.kv_head * plan.group);
+    for (int i = 0; i < lanes.count; i++)
+        rows[i] = base + lanes.position[0][i] * step[0] + lanes.position[1][i] * step[1] + lanes.position[2][i] * step[2] +
+                  lanes.head[i] * bytes * x.stride[4];
 }
 
-// Rows of all lanes as units [units][LANES]; idle lanes are zeros.
+// The lanes' rows as units [units][LANES]; idle lanes are zeros.
 template <class P>
-void read_lanes(const nearfield_attention &p, const Plane &plane, const Plan &plan, const Lanes &lanes,
-                const nearfield_tensor &x, int64_t channels, float *staging, float *to) {
+void read_lanes(char *const *rows, int count, int64_t dtype, int64_t channels, float *staging, float *to) {
     int64_t units = round_up(ceil_div(channels, int64_t(P::PACK)), int64_t(LANES));
-    for (int i = 0; i < lanes.count; i++)
-        prefetch(lane_row(p, plane, plan, lanes, i, x, item_bytes(p.dtype)), channels * item_bytes(p.dtype));
+    bool in_place = units * P::PACK == channels && (P::PACK == 2 || dtype == NEARFIELD_F32);
+    for (int i = 0; i < count; i++) prefetch(rows[i], channels * item_bytes(dtype));
+    const float *from[LANES];
     for (int i = 0; i < LANES; i++) {
-        float *row = staging + i * units;
-        if (i < lanes.count)
-            read_units<P>(lane_row(p, plane, plan, lanes, i, x, item_bytes(p.dtype)), p.dtype, channels, row, units);
-        else
+        float *row = staging + (in_place ? 0 : i * units);
+        if (i >= count)
             memset(row, 0, 4 * units);
+        else if (!in_place)
+            read_units<P>(rows[i], dtype, channels, row, units);
+        from[i] = in_place && i < count ? reinterpret_cast<const float *>(rows[i]) : row;
     }
-    transpose_in(staging, int(units), to);
+    transpose_in(from, units, to);
+}
+
+// [channels][LANES] times a factor of each lane to the lanes' rows.
+inline void write_lanes(const float *from, int64_t channels, const float *factor, char *const *rows, int count, int64_t dtype,
+                        float *staging) {
+    int64_t wide = round_up(channels, int64_t(LANES));
+    bool in_place = wide == channels && dtype == NEARFIELD_F32;
+    float *to[LANES];
+    for (int i = 0; i < LANES; i++) to[i] = in_place && i < count ? reinterpret_cast<float *>(rows[i]) : staging + i * wide;
+    transpose_out(from, wide, factor, to, count);
+    for (int i = 0; !in_place && i < count; i++) write_row(to[i], channels, rows[i], dtype);
 }
 
 // What one kernel does on one thread: the task's plane, its tile of rows, the walk over its keys.
@@ -178,9 +194,10 @@ struct Walk {
         for (int a = 2; a >= 0; a--) {
             const PlaneAxis &axis = plane.axis[a];
             first[a] = tile % plan.tiles[a] * plan.tile[a], tile /= plan.tiles[a];
-            int64_t from = axis.first_query + first[a] * plan.box[a], unused;
-            int64_t to = least(from + plan.tile[a] * plan.box[a], axis.length);
-            if (from >= to) return false;
+            int64_t from, to, last = least(first[a] + plan.tile[a], axis.boxes(plan.box[a])) - 1, unused;
+            if (last < first[a]) return false;
+            axis.box(plan.box[a], first[a], &from, &unused);
+            axis.box(plan.box[a], last, &unused, &to);
             axis.window(from, &reach.from[a], &unused);
             axis.window(to - 1, &unused, &reach.to[a]);
         }
@@ -320,24 +337,20 @@ void forward_block(Walk<P> &walk, State &state, Block &block) {
     float *scores_at = work.scores;
     scores<P>(work.key.rows, work.key.row_stride, block.row, state.query, scores_at, block.padded(), int(d.head_units));
     vec top[PARTS], safe[PARTS], total[PARTS];
-    bool is_same = true;
     for (int j = 0; j < PARTS; j++) top[j] = load(state.top + j * WIDTH);
     finish_block(block, walk.bias, float(walk.p.scale) * LOG2E, scores_at, top);
     for (int j = 0; j < PARTS; j++) {
         vec before = load(state.top + j * WIDTH);
         safe[j] = top[j] == -INFINITE ? vec{} : top[j];
-        vec factor = exp2<5>(before - safe[j]);
-        total[j] = load(state.total + j * WIDTH) * factor;
-        store(state.top + j * WIDTH, top[j]);
-        store(work.staging + j * WIDTH, factor);
-        for (int i = 0; i < WIDTH; i++) is_same &= factor[i] == 1.0f;
-    }
-    if (!is_same && !state.is_fresh)
-        for (int j = 0; j < PARTS; j++) {
-            vec factor = load(work.staging + j * WIDTH);
+        total[j] = load(state.total + j * WIDTH);
+        if (!state.is_fresh && any(before != top[j])) {
+            vec factor = exp2<5>(before - safe[j]);
+            total[j] *= factor;
             for (int64_t r = 0; r < d.value; r++)
                 store(state.out + r * LANES + j * WIDTH, load(state.out + r * LANES + j * WIDTH) * factor);
         }
+        store(state.top + j * WIDTH, top[j]);
+    }
     state.is_fresh = false;
     const float *weights = scores_at;
     if constexpr (P::PACK == 1) {
@@ -380,7 +393,7 @@ template <class P>
 void finish_forward(Walk<P> &walk, State &state) {
     const nearfield_attention &p = walk.p;
     const Dims &d = walk.d;
-    Lanes &lanes = state.lanes;
+    const Lanes &lanes = state.lanes;
     alignas(64) float factor[LANES], lse[LANES];
     if (p.sink_logits) add_sink_logits(p.sink_logits + walk.plane.kv_head * walk.plan.group, state);
     for (int j = 0; j < LANES; j += WIDTH) {
@@ -391,15 +404,11 @@ void finish_forward(Walk<P> &walk, State &state) {
         store(lse + j, is_blind ? splat(-INFINITE) : sum);
         store(factor + j, is_blind ? vec{} : load(state.scale + j) / total);
     }
-    for (int64_t r = 0; r < d.value; r++)
-        for (int j = 0; j < LANES; j += WIDTH)
-            store(state.out + r * LANES + j, load(state.out + r * LANES + j) * load(factor + j));
-    transpose_out(state.out, int(d.value_wide), walk.work.staging);
-    for (int i = 0; i < lanes.count; i++) {
-        *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.lse, 4)) = lse[i];
-        write_row(walk.work.staging + i * d.value_wide, d.value,
-                  lane_row(p, walk.plane, walk.plan, lanes, i, p.out, item_bytes(p.dtype)), p.dtype);
-    }
+    char *rows[LANES];
+    find_rows(p, walk.plane, walk.plan, lanes, p.lse, 4, rows);
+    for (int i = 0; i < lanes.count; i++) *reinterpret_cast<float *>(rows[i]) = lse[i];
+    find_rows(p, walk.plane, walk.plan, lanes, p.out, item_bytes(p.dtype), rows);
+    write_lanes(state.out, d.value, factor, rows, lanes.count, p.dtype, walk.work.staging);
 }
 
 // Problem and remaining task of a job's task.
@@ -434,7 +443,9 @@ void forward_task(void *context, int64_t task, void *memory) {
     if (!walk.open_tile(tile)) return;
     for (int64_t i = 0; i < walk.rows; i++) {
         State &state = walk.work.state[i];
-        read_lanes<P>(walk.p, walk.plane, plan, state.lanes, walk.p.query, walk.d.head, walk.work.staging, state.query);
+        char *from[LANES];
+        find_rows(walk.p, walk.plane, plan, state.lanes, walk.p.query, item_bytes(walk.p.dtype), from);
+        read_lanes<P>(from, state.lanes.count, walk.p.dtype, walk.d.head, walk.work.staging, state.query);
         memset(state.out, 0, sizeof(float) * size_t(walk.d.value_wide) * LANES);
         for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0, state.scale[j] = 1;
         state.is_fresh = true;

@@ -18,44 +18,45 @@ void open_backward(Walk<P> &walk, State &state) {
     const nearfield_attention &p = walk.p;
     const Dims &d = walk.d;
     Work<P> &work = walk.work;
-    Lanes &lanes = state.lanes;
+    const Lanes &lanes = state.lanes;
     int64_t bytes = item_bytes(p.dtype);
+    int count = lanes.count;
+    char *query[LANES], *out[LANES], *grad_out[LANES], *lse[LANES], *grad_lse[LANES];
+    find_rows(p, walk.plane, walk.plan, lanes, p.query, bytes, query);
+    find_rows(p, walk.plane, walk.plan, lanes, p.out, bytes, out);
+    find_rows(p, walk.plane, walk.plan, lanes, p.grad_out, bytes, grad_out);
+    find_rows(p, walk.plane, walk.plan, lanes, p.lse, 4, lse);
+    if (p.grad_lse.data) find_rows(p, walk.plane, walk.plan, lanes, p.grad_lse, 4, grad_lse);
+    for (int i = 0; i < count; i++) prefetch(out[i], d.value * bytes);
+    read_lanes<P>(query, count, p.dtype, d.head, work.staging, state.query);
+    read_lanes<P>(grad_out, count, p.dtype, d.value, work.staging, state.grad_out);
     // rows of lanes as `scatter` reads them: floats, or bfloat16 of two lanes side by side
-    auto keep_rows = [&](const nearfield_tensor &x, int64_t channels, int64_t wide, float *to) {
-        for (int i = 0; i < LANES; i += P::PACK) {
-            const char *row = i < lanes.count ? lane_row(p, walk.plane, walk.plan, lanes, i, x, bytes) : nullptr;
-            float *at = to + i / P::PACK * wide;
-            memset(at, 0, 4 * wide);
-            if constexpr (P::PACK == 2) {
-                const char *next = i + 1 < lanes.count ? lane_row(p, walk.plane, walk.plan, lanes, i + 1, x, bytes) : nullptr;
-                if (row) read_pairs(row, next, channels, at);
-            } else if (row) {
-                read_row(row, p.dtype, channels, at);
-            }
+    auto keep_rows = [&](char *const *rows, int64_t channels, int64_t wide, float *to) {
+        for (int i = 0; i < LANES; i += P::PACK, to += wide) {
+            if (P::PACK == 1 && i < count)
+                read_row(rows[i], p.dtype, channels, to);
+            else if (i < count)
+                read_pairs(rows[i], i + 1 < count ? rows[i + 1] : nullptr, channels, to);
+            for (int64_t c = i < count ? channels : 0; c < wide; c++) to[c] = 0;
         }
     };
-    read_lanes<P>(p, walk.plane, walk.plan, lanes, p.query, d.head, work.staging, state.query);
-    read_lanes<P>(p, walk.plane, walk.plan, lanes, p.grad_out, d.value, work.staging, state.grad_out);
-    keep_rows(p.query, d.head, d.head_wide, state.query_rows);
-    keep_rows(p.grad_out, d.value, d.value_wide, state.grad_out_rows);
+    keep_rows(query, d.head, d.head_wide, state.query_rows);
+    keep_rows(grad_out, d.value, d.value_wide, state.grad_out_rows);
     memset(state.out, 0, sizeof(float) * size_t(d.head_wide) * LANES);
     for (int i = 0; i < LANES; i++) {
         state.top[i] = INFINITE, state.total[i] = 0;  // an idle or blind lane: all weights 0
-        if (i >= lanes.count) continue;
-        float lse = *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.lse, 4));
-        if (lse == -INFINITE) continue;
-        state.top[i] = lse * LOG2E;
-        read_row(lane_row(p, walk.plane, walk.plan, lanes, i, p.out, bytes), p.dtype, d.value, work.staging);
-        read_row(lane_row(p, walk.plane, walk.plan, lanes, i, p.grad_out, bytes), p.dtype, d.value, work.staging_more);
+        float logsum = i < count ? *reinterpret_cast<float *>(lse[i]) : -INFINITE;
+        if (logsum == -INFINITE) continue;
+        state.top[i] = logsum * LOG2E;
+        read_row(out[i], p.dtype, d.value, work.staging);
+        read_row(grad_out[i], p.dtype, d.value, work.staging_more);
         vec sum{};
         int64_t c = 0;
         for (; c + WIDTH <= d.value; c += WIDTH) sum += load(work.staging + c) * load(work.staging_more + c);
         float delta = 0;
         for (int j = 0; j < WIDTH; j++) delta += sum[j];
         for (; c < d.value; c++) delta += work.staging[c] * work.staging_more[c];
-        if (p.grad_lse.data)
-            delta -= *reinterpret_cast<float *>(lane_row(p, walk.plane, walk.plan, lanes, i, p.grad_lse, 4));
-        state.total[i] = delta;
+        state.total[i] = delta - (p.grad_lse.data ? *reinterpret_cast<float *>(grad_lse[i]) : 0);
     }
 }
 
@@ -136,12 +137,13 @@ void backward_block(Walk<P> &walk, State &state, Block &block, bool with_query, 
 template <class P>
 void write_query_grads(Walk<P> &walk) {
     const nearfield_attention &p = walk.p;
+    alignas(64) float ones[LANES];
+    for (float &x : ones) x = 1;
     for (int64_t r = 0; r < walk.rows; r++) {
-        State &state = walk.work.state[r];
-        transpose_out(state.out, int(walk.d.head_wide), walk.work.staging);
-        for (int i = 0; i < state.lanes.count; i++)
-            write_row(walk.work.staging + i * walk.d.head_wide, walk.d.head,
-                      lane_row(p, walk.plane, walk.plan, state.lanes, i, p.grad_query, item_bytes(p.dtype)), p.dtype);
+        const State &state = walk.work.state[r];
+        char *rows[LANES];
+        find_rows(p, walk.plane, walk.plan, state.lanes, p.grad_query, item_bytes(p.dtype), rows);
+        write_lanes(state.out, walk.d.head, ones, rows, state.lanes.count, p.dtype, walk.work.staging);
     }
 }
 

@@ -115,7 +115,7 @@ inline void decode_span(void *context, int64_t task, void *memory) {
             int together = int(least(job.rows - top, int64_t(TOGETHER)));
             for (int64_t c = 0; c < value_steps; c += CHUNKS) {
                 int chunks = int(least(value_steps - c, int64_t(CHUNKS)));
-                vec sum[TOGETHER][CHUNKS];
+                vec sum[TOGETHER][CHUNKS] = {};
                 for (int t = 0; t < TOGETHER; t++)
                     for (int j = 0; j < CHUNKS; j++)
                         if (t < together && j < chunks) sum[t][j] = load(part + (top + t) * job.part + 2 + (c + j) * WIDTH);

@@ -23,8 +23,9 @@ struct alignas(64) Lanes {
 inline void make_lanes(const Plan &plan, const Plane &plane, const int64_t *box, int64_t head_box, Lanes &lanes) {
     int64_t sides[4], at[4];
     for (int a = 0; a < 3; a++) {
-        at[a] = plane.axis[a].first_query + box[a] * plan.box[a];
-        sides[a] = most(least(plan.box[a], plane.axis[a].length - at[a]), int64_t(0));
+        int64_t stop;
+        plane.axis[a].box(plan.box[a], box[a], &at[a], &stop);
+        sides[a] = most(stop - at[a], int64_t(0));
         lanes.from[a] = lanes.all_from[a] = lanes.to[a] = lanes.all_to[a] = 0;
         if (!sides[a]) continue;
         plane.axis[a].window(at[a], &lanes.from[a], &lanes.all_to[a]);

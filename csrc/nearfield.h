@@ -1,7 +1,8 @@
 // The C interface of the CPU kernels: plain pointers, strides and sizes. No torch, no Python.
 //
-// Every function returns NEARFIELD_OK or an error; after an error nothing was written. Sizes and strides count
-// elements. The last dimension (channels) of every tensor is contiguous.
+// Every function returns NEARFIELD_OK or an error. After NEARFIELD_INVALID nothing was read or written; after
+// NEARFIELD_NO_MEMORY results may be written in part. Sizes and strides count elements. The last dimension
+// (channels) of every tensor is contiguous.
 #pragma once
 #include <stdint.h>
 

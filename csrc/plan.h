@@ -34,17 +34,35 @@ struct PlaneAxis {
 
     int64_t queries() const { return most(length - first_query, int64_t(0)); }
 
-    // Keys seen by boxes of `side` queries, summed over the boxes; long axes are sampled.
+    // Queries are taken in boxes of `side`. Those of one long stride share a window, so no box goes beyond them.
+    bool keeps_to_strides(int64_t side) const { return side <= stride && first_query == 0; }
+    int64_t boxes(int64_t side) const {
+        if (!keeps_to_strides(side)) return ceil_div(queries(), side);
+        return queries() / stride * ceil_div(stride, side) + ceil_div(queries() % stride, side);
+    }
+    void box(int64_t side, int64_t number, int64_t *from, int64_t *to) const {
+        if (keeps_to_strides(side)) {
+            int64_t in_stride = ceil_div(stride, side), first = number / in_stride * stride;
+            *from = first + number % in_stride * side;
+            *to = least(least(*from + side, first + stride), length);
+        } else {
+            *from = first_query + number * side;
+            *to = least(*from + side, length);
+        }
+    }
+
+    // Keys seen by boxes of `side`, summed over the boxes; long axes are sampled.
     double seen(int64_t side) const {
-        int64_t boxes = ceil_div(queries(), side), sampled = least(boxes, int64_t(256));
+        int64_t all = boxes(side), sampled = least(all, int64_t(256));
         double sum = 0;
         for (int64_t i = 0; i < sampled; i++) {
-            int64_t first = first_query + i * side, start, end, unused;
-            window(first, &start, &unused);
-            window(least(first + side, length) - 1, &unused, &end);
+            int64_t from, to, start, end, unused;
+            box(side, i, &from, &to);
+            window(from, &start, &unused);
+            window(to - 1, &unused, &end);
             sum += double(end - start);
         }
-        return sum * double(boxes) / double(most(sampled, int64_t(1)));
+        return sum * double(all) / double(most(sampled, int64_t(1)));
     }
 };
 
@@ -100,7 +118,7 @@ inline void choose_box(Plan &plan, const PlaneAxis *axis) {
                     double boxes = double(ceil_div(plan.group, int64_t(h)));
                     double keys = seen[0][z] * seen[1][y] * seen[2][x] * boxes;
                     int64_t sides[3] = {z, y, x};
-                    for (int a = 0; a < 3; a++) boxes *= double(ceil_div(axis[a].queries(), sides[a]));
+                    for (int a = 0; a < 3; a++) boxes *= double(axis[a].boxes(sides[a]));
                     double cost = keys + 24 * boxes;  // a row of lanes costs about as much as 24 keys
                     if (best < 0 || cost < best) {
                         best = cost;
@@ -128,7 +146,7 @@ inline Plan make_plan(const nearfield_attention &problem, int64_t row_bytes, int
 
     int64_t boxes[3], window[3];
     for (int a = 0; a < 3; a++) {
-        boxes[a] = most(ceil_div(axis[a].queries(), plan.box[a]), int64_t(1));
+        boxes[a] = most(axis[a].boxes(plan.box[a]), int64_t(1));
         window[a] = least(axis[a].kernel_size, axis[a].high - axis[a].low);
         plan.tile[a] = 1;
     }

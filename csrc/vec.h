@@ -49,6 +49,17 @@ NEARFIELD_INLINE T round_up(T a, T b) { return ceil_div(a, b) * b; }
 
 constexpr float INFINITE = __builtin_inff();
 
+// Whether some lane of a comparison holds.
+NEARFIELD_INLINE bool any(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int32_t bits = 0;
+    for (int i = 0; i < WIDTH; i++) bits |= mask[i];
+    return bits != 0;
+#endif
+}
+
 // The larger; `b` where either is no number.
 NEARFIELD_INLINE vec larger(vec a, vec b) {
 #if defined(__AVX512F__)
@@ -188,28 +199,31 @@ NEARFIELD_INLINE void transpose_from(vec *rows) {
     }
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for WIDTH rows and columns of 32 bits.
-inline void transpose_square(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
-    vec rows[WIDTH];
+// The 32-bit numbers of LANES rows, wherever they lie, as [columns][LANES]; columns is a multiple of WIDTH.
+inline void transpose_in(const float *const *rows, int64_t columns, float *to) {
+    for (int64_t j = 0; j < columns; j += WIDTH)
+        for (int i = 0; i < LANES; i += WIDTH) {
+            vec square[WIDTH];
 #pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) rows[i] = load(from + i * from_stride);
-    transpose_from<1>(rows);
+            for (int k = 0; k < WIDTH; k++) square[k] = load(rows[i + k] + j);
+            transpose_from<1>(square);
 #pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) store(to + i * to_stride, rows[i]);
+            for (int k = 0; k < WIDTH; k++) store(to + (j + k) * LANES + i, square[k]);
+        }
 }
 
-// [LANES][columns] to [columns][LANES]; columns is a multiple of LANES.
-inline void transpose_in(const float *from, int columns, float *to) {
-    for (int j = 0; j < columns; j += WIDTH)
-        for (int i = 0; i < LANES; i += WIDTH)
-            transpose_square(from + i * columns + j, columns, to + j * LANES + i, LANES);
-}
-
-// [rows][LANES] to [LANES][rows]; rows is a multiple of LANES.
-inline void transpose_out(const float *from, int rows, float *to) {
-    for (int j = 0; j < rows; j += WIDTH)
-        for (int i = 0; i < LANES; i += WIDTH)
-            transpose_square(from + j * LANES + i, LANES, to + i * rows + j, rows);
+// [columns][LANES] times a factor of each lane to `count` rows, wherever they lie.
+inline void transpose_out(const float *from, int64_t columns, const float *factor, float *const *rows, int count) {
+    for (int i = 0; i < count; i += WIDTH)
+        for (int64_t j = 0; j < columns; j += WIDTH) {
+            vec square[WIDTH], scale = load(factor + i);
+#pragma GCC unroll 16
+            for (int k = 0; k < WIDTH; k++) square[k] = load(from + (j + k) * LANES + i) * scale;
+            transpose_from<1>(square);
+#pragma GCC unroll 16
+            for (int k = 0; k < WIDTH; k++)
+                if (i + k < count) store(rows[i + k] + j, square[k]);
+        }
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from nearfield.ops.neighborhood.geometry import Axis, Bound
-from nearfield.plan.tiles import Tile, best_tile, flattened, item_bytes, permutation_bytes
+from nearfield.plan.tiles import LANES, Tile, best_tile, flattened, item_bytes, lane_box, permutation_bytes
 
 Direction = Literal["forward", "backward"]
 BACKWARD_FLOPS = 2.5  # five matrix products instead of two
@@ -51,7 +51,7 @@ REACH = {
     "reference": (0.20, 0.10, 0.10),
     "tiled": (0.60, 0.25, 0.30),  # measured, 4,096 tokens on one Zen 4 core
     "flex": (0.30, 0.15, 0.50),
-    "native": (0.80, 0.65, 0.60),
+    "native": (0.88, 0.66, 0.0),  # of the keys that its rows of lanes read, see `lane_box`
     "triton": (0.30, 0.30, 0.60),
 }
 # The tiled backend gathers each query tile's neighborhood first, unless that is a run of tokens: besides the
@@ -95,7 +95,7 @@ def predict(
         )
     value_dim, kv_heads = value_dim or head_dim, kv_heads or heads
     item = item_bytes(dtype)
-    work = _work(bound, backend, q_tile, kv_tile)
+    work = _work(bound, backend, q_tile, kv_tile, heads // kv_heads)
     moved = work.scores * heads * item + work.gathered * kv_heads * (head_dim + value_dim) * item
     if work.tiles is not None and machine.is_gpu:
         moved += permutation_bytes(
@@ -131,7 +131,7 @@ class _Work(NamedTuple):
     tiles: tuple[Tile, Tile] | None = None
 
 
-def _work(bound: Bound, backend: str, q_tile: Tile | None, kv_tile: Tile | None) -> _Work:
+def _work(bound: Bound, backend: str, q_tile: Tile | None, kv_tile: Tile | None, group: int) -> _Work:
     everything = bound.num_queries * bound.num_keys
     if backend == "dense":
         is_causal = len(bound.axes) == 1 and bound.axes[0].is_causal
@@ -143,6 +143,8 @@ def _work(bound: Bound, backend: str, q_tile: Tile | None, kv_tile: Tile | None)
         keys = bound.tiles(tile, 1).static
         is_run = len(bound.axes) == 1 and bound.axes[0].dilation == 1
         return _Work(keys * prod(tile), gathered=0 if is_run else 2 * keys)
+    if backend == "native":
+        return _Work(LANES * lane_box(bound, group)[1] / group)
     if backend == "flex":
         return _Work(everything / flattened(bound, prod(q_tile or (128,)), prod(kv_tile or (128,))), 1.0)
     chosen = best_tile(bound, q_tile=q_tile, kv_tile=kv_tile)

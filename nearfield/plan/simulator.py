@@ -157,7 +157,7 @@ def cost(
             "value_dim": value_dim,
         }
         machine: dict[str, Any] = {"dtype": dtype, "device": device, "gemm_gflops": gemm_gflops}
-        ours: dict[str, Any] = {"backend": "tiled"}  # which has tiles of its own
+        ours: dict[str, Any] = {"backend": "native"}  # which has boxes of its own
         if device != "cpu":
             ours = {"backend": "triton", "q_tile": chosen[0], "kv_tile": chosen[1]}
         seconds = (

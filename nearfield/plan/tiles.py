@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import product
 from math import prod
 
-from nearfield.ops.neighborhood.geometry import Bound
+from nearfield.ops.neighborhood.geometry import Axis, Bound
 
 AREAS = (64, 128)  # tokens a tile; what matrix units are fed with
+LANES = 16  # queries that the CPU kernels keep side by side
+LANE_KEYS = 24  # keys that such a row of lanes costs besides those it sees: reading queries, writing outputs
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 
 Tile = tuple[int, ...]
@@ -41,6 +43,25 @@ def candidates(bound: Bound) -> list[Tile]:
     powers = [1 << i for i in range(max(AREAS).bit_length())]
     sides = product(*([p for p in powers if p <= limit] for limit in longest))
     return [tile for tile in sides if prod(tile) in areas]
+
+
+def lane_box(bound: Bound, group: int = 1) -> tuple[Tile, float]:
+    """The box of queries that the CPU kernels keep side by side, and the key reads of all boxes, per group.
+
+    `group` query heads share a key/value head, and lanes. A read is one key for all lanes of a box.
+    """
+    shares = []
+    for axis in bound.axes:
+        queries = max(axis.size - bound.offset, 1) if len(bound.axes) == 1 else axis.size
+        sides = range(1, min(LANES, -(-queries // axis.dilation)) + 1)
+        shares.append({side: _boxes(axis, side, bound.offset, bound.pattern.num_sinks) for side in sides})
+    found: list[tuple[float, Tile]] = []
+    for heads, *box in product(range(1, min(group, LANES) + 1), *shares):
+        if heads * prod(box) <= LANES:
+            boxes, keys = zip(*(share[side] for share, side in zip(shares, box, strict=True)), strict=True)
+            found.append((-(-group // heads) * (prod(keys) + LANE_KEYS * prod(boxes)), tuple(box)))
+    reads, box = min(found, key=lambda pair: pair[0])
+    return box, reads
 
 
 def flattened(bound: Bound, q_tile: int, kv_tile: int) -> float:
@@ -102,6 +123,18 @@ def item_bytes(dtype: str) -> int:
     if dtype not in ITEM_BYTES:
         raise ValueError(f"dtype={dtype!r} is unknown. Choose one of {', '.join(ITEM_BYTES)}.")
     return ITEM_BYTES[dtype]
+
+
+def _boxes(axis: Axis, side: int, first: int, num_sinks: int) -> tuple[int, int]:
+    """Boxes of `side` queries on an axis, and the keys that they see, summed. None goes beyond a long stride."""
+    if side <= axis.stride and not first and not num_sinks:
+        length = -(-axis.size // axis.dilation)
+        whole, rest = divmod(length, axis.stride)
+        boxes = axis.dilation * (whole * -(-axis.stride // side) + -(-rest // side))
+        if axis.stride > 1:
+            return boxes, boxes * min(axis.kernel_size, length)
+    visited = axis.tiles(side, 1, num_sinks=num_sinks, first=first).static
+    return -(-(axis.size - first) // side), visited
 
 
 def _is_row_major(bound: Bound, tile: Tile) -> bool:
