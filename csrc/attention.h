@@ -141,7 +141,6 @@ template <class P>
 void read_lanes(char *const *rows, int count, int64_t dtype, int64_t channels, float *staging, float *to) {
     int64_t units = round_up(ceil_div(channels, int64_t(P::PACK)), int64_t(LANES));
     bool in_place = units * P::PACK == channels && (P::PACK == 2 || dtype == NEARFIELD_F32);
-    for (int i = 0; i < count; i++) prefetch(rows[i], channels * item_bytes(dtype));
     const float *from[LANES];
     for (int i = 0; i < LANES; i++) {
         float *row = staging + (in_place ? 0 : i * units);
@@ -215,6 +214,13 @@ struct Walk {
                     }
                 }
         return rows > 0;
+    }
+
+    // Addresses of the lanes' rows in a tensor of queries, which begin to move into the cache.
+    void fetch_rows(const Lanes &lanes, const nearfield_tensor &x, int64_t channels, char **to) const {
+        int64_t bytes = item_bytes(p.dtype);
+        find_rows(p, plane, plan, lanes, x, bytes, to);
+        for (int i = 0; i < lanes.count; i++) prefetch(to[i], channels * bytes);
     }
 
     // Calls `run(state, block, unit)` for all blocks of one unit, packed before.
@@ -441,11 +447,12 @@ void forward_task(void *context, int64_t task, void *memory) {
     task /= plan.tiles_of_plane();
     walk.enter(task / plan.planes, head, task % plan.planes);
     if (!walk.open_tile(tile)) return;
+    char *from[2][LANES];  // of this row of lanes, and of the next, whose queries are on their way meanwhile
     for (int64_t i = 0; i < walk.rows; i++) {
         State &state = walk.work.state[i];
-        char *from[LANES];
-        find_rows(walk.p, walk.plane, plan, state.lanes, walk.p.query, item_bytes(walk.p.dtype), from);
-        read_lanes<P>(from, state.lanes.count, walk.p.dtype, walk.d.head, walk.work.staging, state.query);
+        if (i == 0) walk.fetch_rows(state.lanes, walk.p.query, walk.d.head, from[0]);
+        if (i + 1 < walk.rows) walk.fetch_rows(walk.work.state[i + 1].lanes, walk.p.query, walk.d.head, from[(i + 1) % 2]);
+        read_lanes<P>(from[i % 2], state.lanes.count, walk.p.dtype, walk.d.head, walk.work.staging, state.query);
         memset(state.out, 0, sizeof(float) * size_t(walk.d.value_wide) * LANES);
         for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0, state.scale[j] = 1;
         state.is_fresh = true;

@@ -22,12 +22,11 @@ void open_backward(Walk<P> &walk, State &state) {
     int64_t bytes = item_bytes(p.dtype);
     int count = lanes.count;
     char *query[LANES], *out[LANES], *grad_out[LANES], *lse[LANES], *grad_lse[LANES];
-    find_rows(p, walk.plane, walk.plan, lanes, p.query, bytes, query);
-    find_rows(p, walk.plane, walk.plan, lanes, p.out, bytes, out);
-    find_rows(p, walk.plane, walk.plan, lanes, p.grad_out, bytes, grad_out);
+    walk.fetch_rows(lanes, p.query, d.head, query);
+    walk.fetch_rows(lanes, p.grad_out, d.value, grad_out);
+    walk.fetch_rows(lanes, p.out, d.value, out);
     find_rows(p, walk.plane, walk.plan, lanes, p.lse, 4, lse);
     if (p.grad_lse.data) find_rows(p, walk.plane, walk.plan, lanes, p.grad_lse, 4, grad_lse);
-    for (int i = 0; i < count; i++) prefetch(out[i], d.value * bytes);
     read_lanes<P>(query, count, p.dtype, d.head, work.staging, state.query);
     read_lanes<P>(grad_out, count, p.dtype, d.value, work.staging, state.grad_out);
     // rows of lanes as `scatter` reads them: floats, or bfloat16 of two lanes side by side

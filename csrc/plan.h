@@ -85,8 +85,8 @@ inline PlaneAxis plane_axis(const nearfield_attention &problem, int number, int6
 
 constexpr int64_t UNIT_ROWS = 1024;           // keys of a unit at most
 constexpr int64_t UNIT_BYTES = 256 << 10;     // a unit and a tile fill about half of a second-level cache
-constexpr int64_t TILE_BYTES = 192 << 10;
-constexpr int64_t TILE_ROWS = 32;             // rows of lanes in a tile at most
+constexpr int64_t TILE_BYTES = 320 << 10;
+constexpr int64_t TILE_ROWS = 64;             // rows of lanes in a tile at most
 
 struct Plan {
     const nearfield_attention *problem;

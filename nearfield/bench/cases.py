@@ -66,6 +66,7 @@ _VIDEO, _VIDEO_WINDOW = (30, 48, 80), (18, 24, 24)
 
 CASES: tuple[Case, ...] = (
     Case("causal-1d-16k-w512", (16384,), Neighborhood(512, is_causal=True), 8, 64),
+    Case("causal-1d-8k-full", (8192,), Neighborhood(8192, is_causal=True), 9, 64),
     Case("2d-56-k7", (56, 56), Neighborhood(7), 4, 32),
     Case("2d-56-k13", (56, 56), Neighborhood(13), 4, 32),
     Case("2d-128-k7", (128, 128), Neighborhood(7), 8, 64),

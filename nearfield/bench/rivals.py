@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from nearfield.bench.cases import Case, Direction
 from nearfield.bench.timing import Timing, timed
 from nearfield.core.errors import MissingPackage, require
+from nearfield.ops.neighborhood import neighborhood_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONGEST = 20.0  # seconds that one head of a rival may take in one call
@@ -129,6 +130,10 @@ def _flex(case: Case, like: Tensor) -> Attend:
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
 
 
+def _tiled(case: Case, like: Tensor) -> Attend:
+    return lambda q, k, v: neighborhood_attention(q, k, v, case.pattern, backend="tiled")
+
+
 def _natten(case: Case, like: Tensor) -> Attend:
     try:
         natten = require("natten", package="natten")
@@ -167,6 +172,7 @@ def _pairs(case: Case) -> float:
 
 
 RIVALS: tuple[Rival, ...] = (
+    Rival("tiled", _tiled, rate=0.05, is_dense=False),
     Rival("sdpa", _sdpa, rate=0.3, heads_first=True, is_same=False),
     Rival(
         "sdpa-mask",

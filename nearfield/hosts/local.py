@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from nearfield.core import per_dim
 from nearfield.hosts.seam import Site
+from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
 if TYPE_CHECKING:
@@ -147,23 +147,9 @@ def dense(
     key_mask: Bool[Tensor, "b m"] | None = None,
     scale: float | None = None,
 ) -> Float[Tensor, "b n heads dv"]:
-    """Full attention by torch, in the layout of the house; fewer queries than keys are aligned at the end."""
-    num_queries, num_keys = query.shape[1], key.shape[1]
+    """Full attention, in the layout of the house; fewer queries than keys are aligned at the end."""
     mask = None if key_mask is None else key_mask[:, None, None]
-    built_in = is_causal and mask is None and num_queries == num_keys
-    if is_causal and not built_in and num_queries > 1:
-        causal = _causal(num_queries, num_keys, query.device)
-        mask = causal if mask is None else mask & causal
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=built_in,
-        scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.transpose(1, 2)
+    return dense_attention(query, key, value, mask=mask, is_causal=is_causal, scale=scale)
 
 
 def _causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
