@@ -36,24 +36,113 @@ inline const float *cached(const nearfield_decode &p, const nearfield_tensor &x,
     return buffer;
 }
 
+// The working memory of a task.
+struct DecodeWork {
+    float *queries, *sums, *weights, *row;
+
+    DecodeWork(Arena &arena, const DecodeJob &job) {
+        queries = arena.take<float>(job.rows * job.head_wide);
+        sums = arena.take<float>(TOGETHER * WIDTH * WIDTH);
+        weights = arena.take<float>(job.rows * AT_ONCE);
+        row = arena.take<float>(most(job.head_wide, job.value_wide));
+    }
+};
+
+// Scores, in powers of two, of T queries from `top` on with the keys begin + keys[0..count): products channel by
+// channel, summed across for WIDTH keys at a time.
+template <int T>
+void decode_scores(const DecodeJob &job, const DecodeWork &work, int64_t batch, int64_t kv_head, int64_t top, int64_t begin,
+                   const int32_t *keys, int count) {
+    const nearfield_decode &p = *job.problem;
+    int64_t steps = ceil_div(p.head_dim, int64_t(WIDTH));
+    const float *query = work.queries + top * job.head_wide;
+    for (int i = 0; i < count; i += WIDTH) {
+        for (int k = 0; k < WIDTH; k++) {
+            vec sum[T] = {};
+            if (i + k < count) {
+                const float *key = cached(p, p.key, batch, begin + keys[i + k], kv_head, p.head_dim, work.row);
+                for (int64_t c = 0; c < steps; c++) {
+                    vec x = load(key + c * WIDTH);
+                    for (int t = 0; t < T; t++) sum[t] += load(query + t * job.head_wide + c * WIDTH) * x;
+                }
+            }
+            for (int t = 0; t < T; t++) store(work.sums + (t * WIDTH + k) * WIDTH, sum[t]);
+        }
+        for (int t = 0; t < T; t++) {
+            vec lines[WIDTH], total{};
+#pragma GCC unroll 16
+            for (int k = 0; k < WIDTH; k++) lines[k] = load(work.sums + (t * WIDTH + k) * WIDTH);
+            transpose_from<1>(lines);
+#pragma GCC unroll 16
+            for (int k = 0; k < WIDTH; k++) total += lines[k];
+            store(work.weights + (top + t) * AT_ONCE + i, total * (float(p.scale) * LOG2E));
+        }
+    }
+}
+
+// Adds the weighted values of T queries to their sums.
+template <int T>
+void decode_values(const DecodeJob &job, const DecodeWork &work, int64_t batch, int64_t kv_head, int64_t top, int64_t begin,
+                   const int32_t *keys, int count, float *part) {
+    const nearfield_decode &p = *job.problem;
+    int64_t steps = ceil_div(p.value_dim, int64_t(WIDTH));
+    const float *weights = work.weights + top * AT_ONCE;
+    float *sums = part + top * job.part + 2;
+    auto add = [&](int64_t c, auto chunks) {
+        vec sum[T][chunks.value];
+        for (int t = 0; t < T; t++)
+            for (int j = 0; j < chunks.value; j++) sum[t][j] = load(sums + t * job.part + (c + j) * WIDTH);
+        for (int i = 0; i < count; i++) {
+            const float *value = cached(p, p.value, batch, begin + keys[i], kv_head, p.value_dim, work.row) + c * WIDTH;
+            for (int j = 0; j < chunks.value; j++) {
+                vec x = load(value + j * WIDTH);
+                for (int t = 0; t < T; t++) sum[t][j] += x * weights[t * AT_ONCE + i];
+            }
+        }
+        for (int t = 0; t < T; t++)
+            for (int j = 0; j < chunks.value; j++) store(sums + t * job.part + (c + j) * WIDTH, sum[t][j]);
+    };
+    int64_t c = 0;
+    for (; c + CHUNKS <= steps; c += CHUNKS) add(c, std::integral_constant<int, CHUNKS>());
+    for (; c < steps; c++) add(c, std::integral_constant<int, 1>());
+}
+
+// Weights of one query in place of its scores; what was summed before shrinks to the new maximum.
+inline void decode_weights(const DecodeJob &job, const DecodeWork &work, int64_t batch, DecodeRow at, const uint8_t *visible,
+                           int64_t begin, const int32_t *keys, int count, int64_t r, float *part) {
+    const nearfield_decode &p = *job.problem;
+    float *w = work.weights + r * AT_ONCE, *state = part + r * job.part, top = state[0];
+    const float *addend = nullptr;
+    if (p.addend)
+        addend = p.addend + batch * p.addend_stride[0] + at.head * p.addend_stride[1] + at.query * p.addend_stride[2] + begin;
+    for (int i = 0; i < count; i++) {
+        if (addend) w[i] += addend[keys[i]] * LOG2E;
+        if (visible && !visible[at.query * p.visible_stride[1] + begin + keys[i]]) w[i] = -INFINITE;
+        top = most(top, w[i]);
+    }
+    float safe = top == -INFINITE ? 0 : top, shrink = __builtin_exp2f(state[0] - safe), total = state[1] * shrink;
+    for (int i = count; i < round_up(count, WIDTH); i++) w[i] = -INFINITE;
+    for (int i = 0; i < count; i += WIDTH) store(w + i, exp2<5>(load(w + i) - safe));
+    for (int i = 0; i < count; i++) total += w[i];
+    for (int64_t c = 0; shrink != 1 && c < p.value_dim; c++) state[2 + c] *= shrink;
+    state[0] = top, state[1] = total;
+}
+
 inline void decode_span(void *context, int64_t task, void *memory) {
     const DecodeJob &job = *static_cast<DecodeJob *>(context);
     const nearfield_decode &p = *job.problem;
     int64_t span = task % job.spans, plane = task / job.spans, batch = plane / p.kv_heads, kv_head = plane % p.kv_heads;
     int64_t first = span * SPAN, last = least(first + SPAN, p.num_keys);
-    int64_t head_steps = ceil_div(p.head_dim, int64_t(WIDTH)), value_steps = ceil_div(p.value_dim, int64_t(WIDTH));
     float *part = job.parts + (plane * job.spans + span) * job.rows * job.part;
-
     Arena arena(memory);
-    float *queries = arena.take<float>(job.rows * job.head_wide), *row = arena.take<float>(job.value_wide + job.head_wide);
-    float *sums = arena.take<float>(TOGETHER * LANES * WIDTH), *weights = arena.take<float>(job.rows * AT_ONCE);
-    memset(row, 0, sizeof(float) * size_t(job.value_wide + job.head_wide));
+    DecodeWork work(arena, job);
+    memset(work.queries, 0, sizeof(float) * size_t(job.rows * job.head_wide));
+    memset(work.row, 0, sizeof(float) * size_t(most(job.head_wide, job.value_wide)));
+    memset(part, 0, sizeof(float) * size_t(job.rows * job.part));
     for (int64_t r = 0; r < job.rows; r++) {
         DecodeRow at = decode_row(p, kv_head, r);
-        float *to = queries + r * job.head_wide;
-        memset(to, 0, sizeof(float) * size_t(job.head_wide));
-        read_row(address(p.query, item_bytes(p.dtype), batch, 0, 0, at.query, at.head), p.dtype, p.head_dim, to);
-        memset(part + r * job.part, 0, sizeof(float) * size_t(job.part));
+        const char *query = address(p.query, item_bytes(p.dtype), batch, 0, 0, at.query, at.head);
+        read_row(query, p.dtype, p.head_dim, work.queries + r * job.head_wide);
         part[r * job.part] = -INFINITE;
     }
     const uint8_t *visible = p.visible ? p.visible + batch * p.visible_stride[0] : nullptr;
@@ -61,81 +150,25 @@ inline void decode_span(void *context, int64_t task, void *memory) {
         int32_t keys[AT_ONCE], count = 0;  // those that some query sees
         for (int64_t key = begin; key < least(begin + AT_ONCE, last); key++) {
             bool is_seen = !visible;
-            for (int64_t n = 0; visible && n < p.num_queries && !is_seen; n++) is_seen = visible[n * p.visible_stride[1] + key];
+            for (int64_t n = 0; n < p.num_queries && !is_seen; n++) is_seen = visible[n * p.visible_stride[1] + key];
             if (is_seen) keys[count++] = int32_t(key - begin);
         }
         if (!count) continue;
-        for (int64_t top = 0; top < job.rows; top += TOGETHER) {
-            int together = int(least(job.rows - top, int64_t(TOGETHER)));
-            for (int i = 0; i < count; i += WIDTH) {  // products channel by channel, then summed across for WIDTH keys
-                for (int k = 0; k < WIDTH; k++) {
-                    vec sum[TOGETHER] = {};
-                    if (i + k < count) {
-                        prefetch(address(p.key, item_bytes(p.dtype), batch, 0, 0, begin + keys[least(i + k + 4, count - 1)], kv_head),
-                                 p.head_dim * item_bytes(p.dtype));
-                        const float *key = cached(p, p.key, batch, begin + keys[i + k], kv_head, p.head_dim, row);
-                        const float *query = queries + top * job.head_wide;
-                        for (int64_t c = 0; c < head_steps; c++) {
-                            vec x = load(key + c * WIDTH);
-                            for (int t = 0; t < TOGETHER; t++)
-                                if (t < together) sum[t] += load(query + t * job.head_wide + c * WIDTH) * x;
-                        }
-                    }
-                    for (int t = 0; t < together; t++) store(sums + (t * LANES + k) * WIDTH, sum[t]);
-                }
-                for (int t = 0; t < together; t++) {
-                    vec lines[WIDTH], total{};
-                    for (int k = 0; k < WIDTH; k++) lines[k] = load(sums + (t * LANES + k) * WIDTH);
-                    transpose_from<1>(lines);
-                    for (int k = 0; k < WIDTH; k++) total += lines[k];
-                    store(weights + (top + t) * AT_ONCE + i, total * (float(p.scale) * LOG2E));
-                }
-            }
-        }
-        for (int64_t r = 0; r < job.rows; r++) {
-            DecodeRow at = decode_row(p, kv_head, r);
-            float *w = weights + r * AT_ONCE, *state = part + r * job.part, top = state[0];
-            const float *addend = p.addend ? p.addend + batch * p.addend_stride[0] + at.head * p.addend_stride[1] +
-                                                 at.query * p.addend_stride[2] + begin
-                                           : nullptr;
-            for (int i = 0; i < count; i++) {
-                if (addend) w[i] += addend[keys[i]] * LOG2E;
-                if (visible && !visible[at.query * p.visible_stride[1] + begin + keys[i]]) w[i] = -INFINITE;
-                top = most(top, w[i]);
-            }
-            float safe = top == -INFINITE ? 0 : top, shrink = __builtin_exp2f(state[0] - safe), total = state[1] * shrink;
-            for (int i = count; i < round_up(count, WIDTH); i++) w[i] = -INFINITE;
-            for (int i = 0; i < count; i += WIDTH) store(w + i, exp2<5>(load(w + i) - safe));
-            for (int i = 0; i < count; i++) total += w[i];
-            for (int64_t c = 0; shrink != 1 && c < value_steps; c++)
-                store(state + 2 + c * WIDTH, load(state + 2 + c * WIDTH) * shrink);
-            state[0] = top, state[1] = total;
-        }
-        for (int64_t top = 0; top < job.rows; top += TOGETHER) {
-            int together = int(least(job.rows - top, int64_t(TOGETHER)));
-            for (int64_t c = 0; c < value_steps; c += CHUNKS) {
-                int chunks = int(least(value_steps - c, int64_t(CHUNKS)));
-                vec sum[TOGETHER][CHUNKS] = {};
-                for (int t = 0; t < TOGETHER; t++)
-                    for (int j = 0; j < CHUNKS; j++)
-                        if (t < together && j < chunks) sum[t][j] = load(part + (top + t) * job.part + 2 + (c + j) * WIDTH);
-                for (int i = 0; i < count; i++) {
-                    prefetch(address(p.value, item_bytes(p.dtype), batch, 0, 0, begin + keys[least(i + 4, count - 1)], kv_head),
-                             p.value_dim * item_bytes(p.dtype));
-                    const float *value =
-                        cached(p, p.value, batch, begin + keys[i], kv_head, p.value_dim, row + job.head_wide) + c * WIDTH;
-                    for (int j = 0; j < CHUNKS; j++)
-                        if (j < chunks) {
-                            vec x = load(value + j * WIDTH);
-                            for (int t = 0; t < TOGETHER; t++)
-                                if (t < together) sum[t][j] += x * weights[(top + t) * AT_ONCE + i];
-                        }
-                }
-                for (int t = 0; t < TOGETHER; t++)
-                    for (int j = 0; j < CHUNKS; j++)
-                        if (t < together && j < chunks) store(part + (top + t) * job.part + 2 + (c + j) * WIDTH, sum[t][j]);
-            }
-        }
+        auto each = [&](auto run) {  // TOGETHER queries at a time, then the rest
+            int64_t r = 0;
+            for (; r + TOGETHER <= job.rows; r += TOGETHER) run(r, std::integral_constant<int, TOGETHER>());
+            if (job.rows - r == 3) run(r, std::integral_constant<int, 3>());
+            if (job.rows - r == 2) run(r, std::integral_constant<int, 2>());
+            if (job.rows - r == 1) run(r, std::integral_constant<int, 1>());
+        };
+        each([&](int64_t r, auto together) {
+            decode_scores<together.value>(job, work, batch, kv_head, r, begin, keys, count);
+        });
+        for (int64_t r = 0; r < job.rows; r++)
+            decode_weights(job, work, batch, decode_row(p, kv_head, r), visible, begin, keys, count, r, part);
+        each([&](int64_t r, auto together) {
+            decode_values<together.value>(job, work, batch, kv_head, r, begin, keys, count, part);
+        });
     }
 }
 
@@ -173,8 +206,7 @@ inline int decode_forward(const nearfield_decode *problem, int64_t threads) {
     if (!planes || !job.rows) return NEARFIELD_OK;
     job.parts = static_cast<float *>(malloc(sizeof(float) * size_t(most(planes * job.spans * job.rows * job.part, int64_t(1)))));
     Arena arena(nullptr);
-    arena.take<float>(job.rows * job.head_wide), arena.take<float>(job.value_wide + job.head_wide);
-    arena.take<float>(TOGETHER * LANES * WIDTH), arena.take<float>(job.rows * AT_ONCE);
+    DecodeWork measured(arena, job);
     bool is_done = job.parts && parallel_for(planes * job.spans, threads, arena.used, decode_span, &job) &&
                    parallel_for(planes, threads, sizeof(float) * size_t(job.value_wide), merge_spans, &job);
     free(job.parts);

@@ -9,9 +9,10 @@
 namespace nearfield {
 namespace {
 
-// Axis sizes and offsets stay below this, so that sums of a few of them stay inside 64 bits. It is the LARGEST
-// of geometry.py.
+// Sizes stay below this, so that sums of a few of them stay inside 64 bits. It is the LARGEST of geometry.py.
 constexpr int64_t LARGEST = int64_t(1) << 40;
+// Kernels count the tokens of an axis, and the biases of the heads that share a key, in 32 bits.
+constexpr int64_t LONGEST = std::numeric_limits<int32_t>::max();
 constexpr int64_t LARGEST_DIM = 1024;  // channels of a head: kernels keep whole rows in scratch
 constexpr int64_t TOP = std::numeric_limits<int64_t>::max();
 
@@ -22,11 +23,11 @@ bool multiply(int64_t a, int64_t b, int64_t *product) {
     return true;
 }
 
-bool product_fits(std::initializer_list<int64_t> factors) {
+bool product_fits(std::initializer_list<int64_t> factors, int64_t most = TOP) {
     int64_t product = 1;
     for (int64_t factor : factors)
         if (!multiply(product, factor, &product)) return false;
-    return true;
+    return product <= most;
 }
 
 bool between(int64_t low, int64_t x, int64_t high) { return low <= x && x <= high; }
@@ -85,7 +86,7 @@ bool heads_and_dims(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t v
 }
 
 bool axis_is_valid(const nearfield_axis &axis, int64_t border) {
-    if (!between(1, axis.size, LARGEST) || !between(1, axis.kernel_size, LARGEST)) return false;
+    if (!between(1, axis.size, LONGEST) || !between(1, axis.kernel_size, LARGEST)) return false;
     if (!between(1, axis.stride, axis.kernel_size) || !between(1, axis.dilation, LARGEST)) return false;
     if (!between(0, axis.is_causal, 1)) return false;
     // As a division: the product of kernel_size and dilation may not fit.
@@ -124,6 +125,7 @@ bool attention_is_valid(const nearfield_attention &p, bool backward) {
         !tensor(p.out, element, queries, p.value_dim, result) || !tensor(p.lse, 4, queries, 1, result))
         return false;
     const int64_t table[] = {2 * z.kernel_size - 1, 2 * y.kernel_size - 1, 2 * x.kernel_size - 1};
+    if (p.bias && !product_fits({p.heads / p.kv_heads, table[0], table[1], table[2]}, LONGEST)) return false;
     if (!array(p.bias, 4, {p.heads, table[0], table[1], table[2]}) ||
         !array(p.key_mask, 1, {p.batch, z.size, y.size, x.size}) || !array(p.sink_logits, 4, {p.heads}))
         return false;

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nearfield.core import library
+
 Row = dict[str, Any]
 ADVICE = "Give a file that `nearfield bench --json` wrote."
 ROW_FIELDS = (
@@ -137,6 +139,8 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    if device == "cpu":
+        versions["kernels"] = library.isa()
     return {
         "device": device,
         "machine": machine,

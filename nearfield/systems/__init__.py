@@ -135,8 +135,9 @@ def missing(need: str) -> str | None:
 
         return None if torch.cuda.is_available() else "needs a CUDA device"
     if need == "native":
-        there = find_spec("nearfield.ops.neighborhood.native") is not None
-        return None if there else "needs the compiled CPU kernels, which this version does not carry"
+        from nearfield.core import library
+
+        return library.unavailable()
     if what == "package" and name:
         return None if find_spec(name) else f"needs the package {name.replace('_', '-')} (`make` installs it)"
     if what == "data" and name:
