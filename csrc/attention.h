@@ -48,7 +48,6 @@ struct State {
     alignas(64) float scale[LANES];    // forward: factor on `out` besides 1 / total
     float *grad_out;                   // [units][LANES]
     float *query_rows, *grad_out_rows; // [LANES / PACK][channels], lanes in pairs for bfloat16
-    bool is_fresh;                     // nothing summed yet
 };
 
 // `sinks[batch]`: tokens of the sinks, the first unmasked keys of each row; -1 behind the last.
@@ -129,11 +128,13 @@ inline void find_rows(const nearfield_attention &p, const Plane &plane, const Pl
                       const nearfield_tensor &x, int64_t bytes, char **rows) {
     int64_t step[3];
     for (int a = 0; a < 3; a++) step[a] = bytes * x.stride[a + 1] * p.axis[a].dilation;
-    char *base = address(x, bytes, plane.batch, plane.group[0], plane.group[1], plane.group[2] - p.first_query,
-                         plane.kv_head * plan.group);
-    for (int i = 0; i < lanes.count; i++)
-        rows[i] = base + lanes.position[0][i] * step[0] + lanes.position[1][i] * step[1] + lanes.position[2][i] * step[2] +
-                  lanes.head[i] * bytes * x.stride[4];
+    int64_t first = bytes * (plane.batch * x.stride[0] + plane.group[0] * x.stride[1] + plane.group[1] * x.stride[2] +
+                             (plane.group[2] - p.first_query) * x.stride[3] + plane.kv_head * plan.group * x.stride[4]);
+    for (int i = 0; i < lanes.count; i++) {
+        int64_t at = lanes.position[0][i] * step[0] + lanes.position[1][i] * step[1] + lanes.position[2][i] * step[2] +
+                     lanes.head[i] * bytes * x.stride[4];
+        rows[i] = static_cast<char *>(x.data) + (first + at);
+    }
 }
 
 // The lanes' rows as units [units][LANES]; idle lanes are zeros.
@@ -220,7 +221,7 @@ struct Walk {
     void fetch_rows(const Lanes &lanes, const nearfield_tensor &x, int64_t channels, char **to) const {
         int64_t bytes = item_bytes(p.dtype);
         find_rows(p, plane, plan, lanes, x, bytes, to);
-        for (int i = 0; i < lanes.count; i++) prefetch(to[i], channels * bytes);
+        for (int i = 0; i < lanes.count; i++) prefetch(to[i], 0, channels * bytes);
     }
 
     // Calls `run(state, block, unit)` for all blocks of one unit, packed before.
@@ -349,7 +350,7 @@ void forward_block(Walk<P> &walk, State &state, Block &block) {
         vec before = load(state.top + j * WIDTH);
         safe[j] = top[j] == -INFINITE ? vec{} : top[j];
         total[j] = load(state.total + j * WIDTH);
-        if (!state.is_fresh && any(before != top[j])) {
+        if (any(before != top[j])) {
             vec factor = exp2<5>(before - safe[j]);
             total[j] *= factor;
             for (int64_t r = 0; r < d.value; r++)
@@ -357,7 +358,6 @@ void forward_block(Walk<P> &walk, State &state, Block &block) {
         }
         store(state.top + j * WIDTH, top[j]);
     }
-    state.is_fresh = false;
     const float *weights = scores_at;
     if constexpr (P::PACK == 1) {
         for (int i = 0; i < block.slots; i++)
@@ -454,8 +454,11 @@ void forward_task(void *context, int64_t task, void *memory) {
         if (i + 1 < walk.rows) walk.fetch_rows(walk.work.state[i + 1].lanes, walk.p.query, walk.d.head, from[(i + 1) % 2]);
         read_lanes<P>(from[i % 2], state.lanes.count, walk.p.dtype, walk.d.head, walk.work.staging, state.query);
         memset(state.out, 0, sizeof(float) * size_t(walk.d.value_wide) * LANES);
-        for (int j = 0; j < LANES; j++) state.top[j] = -INFINITE, state.total[j] = 0, state.scale[j] = 1;
-        state.is_fresh = true;
+        for (int j = 0; j < LANES; j++) {  // zero keys outside the grid have weighed in already
+            state.total[j] = state.lanes.padding[j];
+            state.top[j] = state.total[j] > 0 ? 0 : -INFINITE;
+            state.scale[j] = 1;
+        }
     }
     const int32_t *sinks = job.sinks && job.sinks[number] ? job.sinks[number] + walk.plane.batch * num_sinks(walk.p) : nullptr;
     walk.visit_all(sinks, false, false, [&](State &state, Block &block, int64_t) { forward_block(walk, state, block); });

@@ -32,19 +32,21 @@ inline const float *cached(const nearfield_decode &p, const nearfield_tensor &x,
                            int64_t channels, float *buffer) {
     const char *at = address(x, item_bytes(p.dtype), batch, 0, 0, key, kv_head);
     if (p.dtype == NEARFIELD_F32 && channels % WIDTH == 0) return reinterpret_cast<const float *>(at);
-    read_row(at, p.dtype, channels, buffer);  // behind the channels the buffer stays 0
+    read_row(at, p.dtype, channels, buffer);
     return buffer;
 }
 
 // The working memory of a task.
 struct DecodeWork {
-    float *queries, *sums, *weights, *row;
+    float *queries, *sums, *weights;
+    float *key_row, *value_row;  // behind their channels they stay 0
 
     DecodeWork(Arena &arena, const DecodeJob &job) {
         queries = arena.take<float>(job.rows * job.head_wide);
         sums = arena.take<float>(TOGETHER * WIDTH * WIDTH);
         weights = arena.take<float>(job.rows * AT_ONCE);
-        row = arena.take<float>(most(job.head_wide, job.value_wide));
+        key_row = arena.take<float>(job.head_wide);
+        value_row = arena.take<float>(job.value_wide);
     }
 };
 
@@ -60,7 +62,7 @@ void decode_scores(const DecodeJob &job, const DecodeWork &work, int64_t batch, 
         for (int k = 0; k < WIDTH; k++) {
             vec sum[T] = {};
             if (i + k < count) {
-                const float *key = cached(p, p.key, batch, begin + keys[i + k], kv_head, p.head_dim, work.row);
+                const float *key = cached(p, p.key, batch, begin + keys[i + k], kv_head, p.head_dim, work.key_row);
                 for (int64_t c = 0; c < steps; c++) {
                     vec x = load(key + c * WIDTH);
                     for (int t = 0; t < T; t++) sum[t] += load(query + t * job.head_wide + c * WIDTH) * x;
@@ -93,7 +95,7 @@ void decode_values(const DecodeJob &job, const DecodeWork &work, int64_t batch, 
         for (int t = 0; t < T; t++)
             for (int j = 0; j < chunks.value; j++) sum[t][j] = load(sums + t * job.part + (c + j) * WIDTH);
         for (int i = 0; i < count; i++) {
-            const float *value = cached(p, p.value, batch, begin + keys[i], kv_head, p.value_dim, work.row) + c * WIDTH;
+            const float *value = cached(p, p.value, batch, begin + keys[i], kv_head, p.value_dim, work.value_row) + c * WIDTH;
             for (int j = 0; j < chunks.value; j++) {
                 vec x = load(value + j * WIDTH);
                 for (int t = 0; t < T; t++) sum[t][j] += x * weights[t * AT_ONCE + i];
@@ -137,7 +139,8 @@ inline void decode_span(void *context, int64_t task, void *memory) {
     Arena arena(memory);
     DecodeWork work(arena, job);
     memset(work.queries, 0, sizeof(float) * size_t(job.rows * job.head_wide));
-    memset(work.row, 0, sizeof(float) * size_t(most(job.head_wide, job.value_wide)));
+    memset(work.key_row, 0, sizeof(float) * size_t(job.head_wide));
+    memset(work.value_row, 0, sizeof(float) * size_t(job.value_wide));
     memset(part, 0, sizeof(float) * size_t(job.rows * job.part));
     for (int64_t r = 0; r < job.rows; r++) {
         DecodeRow at = decode_row(p, kv_head, r);

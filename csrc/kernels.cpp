@@ -27,15 +27,17 @@ struct Tables {
     }
 
     Tables(const nearfield_attention *problems, int64_t count, bool backward) {
-        job.problems = problems, job.count = count;
+        auto *settled = static_cast<nearfield_attention *>(zeroed(count, sizeof(nearfield_attention)));
+        for (int64_t i = 0; settled && i < count; i++) settled[i] = normalised(problems[i]);
+        job.problems = settled, job.count = count;
         job.plans = static_cast<Plan *>(zeroed(count, sizeof(Plan)));
         job.first_task = static_cast<int64_t *>(zeroed(count + 1, sizeof(int64_t)));
         job.sinks = static_cast<int32_t **>(zeroed(count, sizeof(void *)));
         job.sink_grads = static_cast<float **>(zeroed(count, sizeof(void *)));
         job.bias_parts = static_cast<float **>(zeroed(count, sizeof(void *)));
-        is_complete = job.plans && job.first_task && job.sinks && job.sink_grads && job.bias_parts;
+        is_complete = settled && job.plans && job.first_task && job.sinks && job.sink_grads && job.bias_parts;
         for (int64_t i = 0; is_complete && i < count; i++) {
-            const nearfield_attention &p = problems[i];
+            const nearfield_attention &p = settled[i];
             job.plans[i] = NEARFIELD_BY_DTYPE(p, plan)(p, backward);
             if (num_sinks(p)) is_complete = list_sinks(p, &job.sinks[i]);
             Dims d = make_dims<Single>(p);
@@ -55,6 +57,7 @@ struct Tables {
             if (job.sink_grads) free(job.sink_grads[i]);
             if (job.bias_parts) free(job.bias_parts[i]);
         }
+        free(const_cast<nearfield_attention *>(job.problems));
         free(job.plans), free(job.first_task), free(job.sinks), free(job.sink_grads), free(job.bias_parts);
     }
 
@@ -141,7 +144,7 @@ int attention_forward(const nearfield_attention *problems, int64_t count, int64_
     if (!tables.is_complete) return NEARFIELD_NO_MEMORY;
     size_t bytes = 0;
     for (int64_t i = 0; i < count; i++)
-        bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], forward_bytes)(problems[i], tables.job.plans[i]));
+        bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], forward_bytes)(tables.job.problems[i], tables.job.plans[i]));
     int64_t tasks = tables.number_tasks([](const Plan &plan) {
         return plan.problem->batch * plan.problem->kv_heads * plan.planes * plan.tiles_of_plane();
     });
@@ -152,8 +155,9 @@ int attention_forward(const nearfield_attention *problems, int64_t count, int64_
 void sum_bias(const BackwardJob &job) {
     for (int64_t i = 0; i < job.count; i++) {
         const nearfield_attention &p = job.problems[i];
+        if (!p.grad_bias) continue;
         int64_t entries = p.heads * bias_size(p);
-        for (int64_t e = 0; p.grad_bias && e < entries; e++) {
+        for (int64_t e = 0; e < entries; e++) {
             float sum = 0;
             for (int64_t b = 0; b < p.batch; b++) sum += job.bias_parts[i][b * entries + e];
             p.grad_bias[e] = sum;
@@ -168,7 +172,7 @@ int attention_backward(const nearfield_attention *problems, int64_t count, int64
     int64_t heads = 0;
     bool with_bias = false, with_lists = false;
     for (int64_t i = 0; i < count; i++) {
-        const nearfield_attention &p = problems[i];
+        const nearfield_attention &p = job.problems[i];
         heads += p.batch * p.kv_heads;
         with_bias |= p.grad_bias != nullptr;
         with_lists |= num_sinks(p) > 0 || p.num_additional > 0;
@@ -187,7 +191,7 @@ int attention_backward(const nearfield_attention *problems, int64_t count, int64
     size_t bytes = 0;  // asked for once: memory that is short is noticed before anything is written
     for (int j = 0; j < used; j++)
         for (int64_t i = 0; i < count; i++)
-            bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], backward_bytes)(problems[i], job.plans[i], phases[j]));
+            bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], backward_bytes)(job.problems[i], job.plans[i], phases[j]));
     for (int j = 0; j < used; j++) {
         job.phase = phases[j];
         int64_t tasks = tables.number_tasks([&](const Plan &plan) {

@@ -17,6 +17,7 @@ struct alignas(64) Lanes {
     int32_t position[3][LANES], head[LANES];
     int64_t from[3], to[3];          // keys that some lane sees
     int64_t all_from[3], all_to[3];  // keys that all lanes see
+    float padding[LANES];            // zero keys outside the grid, where they have no bias
     int32_t count;                   // the lanes behind are idle: they repeat the last one and count nothing
 };
 
@@ -53,6 +54,15 @@ inline void make_lanes(const Plan &plan, const Plane &plane, const int64_t *box,
                     for (int a = 0; a < 3; a++) set(n, a);
                 }
     lanes.count = n;
+    bool pads = plan.problem->border == NEARFIELD_PAD && !plan.problem->bias;
+    for (int i = 0; i < LANES; i++) {
+        double all = 1, inside = 1;
+        for (int a = 0; pads && i < n && a < 3; a++) {
+            all *= double(plane.axis[a].padded_size(lanes.position[a][i]));
+            inside *= double(lanes.end[a][i] - lanes.start[a][i]);
+        }
+        lanes.padding[i] = float(all - inside);
+    }
     for (int a = 0; a < 3; a++) place[a] = int32_t(sides[a]) - 1;
     for (int i = n; n && i < LANES; i++) {
         lanes.head[i] = lanes.head[n - 1];
@@ -151,7 +161,7 @@ inline void for_each_block(const Lanes &lanes, const Source &source, const Box &
             bool is_full = full_from <= x && x < full_to;
             int64_t end = least(stop, x < full_from ? full_from : is_full ? full_to : stop);
             end = least(end, x + SLOTS - block.slots);
-            const int32_t *mask = is_full || whole_runs ? nullptr : mask_x[x - seen.from[2]];
+            const int32_t *mask = is_full ? nullptr : mask_x[x - seen.from[2]];
             block.push(row + x, int(end - x), run_mask, mask, bias_at == NOWHERE ? NOWHERE : bias_at + x);
             x = end;
             if (block.slots == SLOTS) run(block), block.clear();

@@ -5,6 +5,8 @@
 // lanes. A *tile* of such boxes is a task; the keys lie on a lattice of *units*, each packed once for a tile.
 #pragma once
 #include "nearfield.h"
+#include <initializer_list>
+
 #include "vec.h"
 
 namespace nearfield {
@@ -15,7 +17,7 @@ struct PlaneAxis {
     int64_t length, first_query;  // tokens of the group, position of its first query
     int64_t kernel_size, stride, left;
     bool is_causal, is_shifted;
-    int64_t low, high;  // positions that windows may reach: outside of [0, length) only for border "pad"
+    int64_t low, high;  // positions that windows may reach: outside of [0, length) only for border "pad" with a bias
 
     // The window [start, end) of the query at `position`: Axis.interval of geometry.py, cut to [low, high).
     void window(int64_t position, int64_t *start, int64_t *end) const {
@@ -30,6 +32,12 @@ struct PlaneAxis {
         }
         *start = most(*start, low);
         *end = least(*end, high);
+    }
+
+    // Keys in the window of border "pad", those outside included.
+    int64_t padded_size(int64_t position) const {
+        if (!is_causal) return kernel_size;
+        return position + 1 - (least(position / stride * stride + stride - 1, length - 1) - kernel_size + 1);
     }
 
     int64_t queries() const { return most(length - first_query, int64_t(0)); }
@@ -70,14 +78,15 @@ inline PlaneAxis plane_axis(const nearfield_attention &problem, int number, int6
     const nearfield_axis &axis = problem.axis[number];
     int64_t first = number == 2 ? problem.first_query : 0;
     PlaneAxis made;
-    made.length = (axis.size - group + axis.dilation - 1) / axis.dilation;
-    made.first_query = most((first - group + axis.dilation - 1) / axis.dilation, int64_t(0));
+    made.length = ceil_div(axis.size - group, axis.dilation);
+    made.first_query = first > group ? ceil_div(first - group, axis.dilation) : 0;
     made.kernel_size = axis.kernel_size;
     made.stride = axis.stride;
     made.left = axis.kernel_size / 2;
     made.is_causal = axis.is_causal != 0;
     made.is_shifted = problem.border == NEARFIELD_SHIFT;
-    bool pads = problem.border == NEARFIELD_PAD;
+    // Zero keys outside have the logits of the bias; without one they are counted, not visited (lanes.h).
+    bool pads = problem.border == NEARFIELD_PAD && problem.bias;
     made.low = pads ? 1 - axis.kernel_size : 0;
     made.high = pads && !made.is_causal ? made.length + axis.kernel_size - 1 : made.length;
     return made;
@@ -87,6 +96,27 @@ constexpr int64_t UNIT_ROWS = 1024;           // keys of a unit at most
 constexpr int64_t UNIT_BYTES = 256 << 10;     // a unit and a tile fill about half of a second-level cache
 constexpr int64_t TILE_BYTES = 320 << 10;
 constexpr int64_t TILE_ROWS = 64;             // rows of lanes in a tile at most
+
+// The problem with what means nothing set to what cannot overflow: strides along axes of one entry, dilations beyond
+// the axis.
+inline nearfield_attention normalised(nearfield_attention p) {
+    int64_t keys[5] = {p.batch, 0, 0, 0, p.kv_heads}, queries[5] = {p.batch, 0, 0, 0, p.heads};
+    for (int a = 0; a < 3; a++) {
+        p.axis[a].dilation = least(p.axis[a].dilation, p.axis[a].size);
+        keys[a + 1] = queries[a + 1] = p.axis[a].size;
+    }
+    queries[3] -= p.first_query;
+    int64_t additional[5] = {p.batch, 1, 1, p.num_additional, p.kv_heads};
+    auto settle = [](nearfield_tensor &x, const int64_t *sides) {
+        for (int i = 0; i < 5; i++)
+            if (sides[i] <= 1) x.stride[i] = 0;
+    };
+    for (nearfield_tensor *x : {&p.query, &p.out, &p.lse, &p.grad_out, &p.grad_lse, &p.grad_query}) settle(*x, queries);
+    for (nearfield_tensor *x : {&p.key, &p.value, &p.grad_key, &p.grad_value}) settle(*x, keys);
+    for (nearfield_tensor *x : {&p.additional_key, &p.additional_value, &p.grad_additional_key, &p.grad_additional_value})
+        settle(*x, additional);
+    return p;
+}
 
 struct Plan {
     const nearfield_attention *problem;

@@ -99,8 +99,9 @@ NEARFIELD_INLINE char *address(const nearfield_tensor &x, int64_t bytes, int64_t
 
 // Rows of one head lie far apart, where no hardware prefetcher follows: they are asked for some rows ahead.
 constexpr int64_t AHEAD = 8;
-NEARFIELD_INLINE void prefetch(const char *at, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+NEARFIELD_INLINE void prefetch(const char *row, int64_t ahead, int64_t bytes) {
+    uintptr_t at = reinterpret_cast<uintptr_t>(row) + uintptr_t(ahead);  // may lie outside of all memory
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(at + uintptr_t(i)));
 }
 
 // Where keys come from: tokens of a plane, or a list of tokens (sinks), or the additional keys.
@@ -177,7 +178,7 @@ struct Packed {
                 for (int64_t w = box.from[2]; w < box.to[2]; w++) {
                     const char *here = next;
                     next = w + 1 >= box.to[2] ? nullptr : is_plain ? next + step : source.row(x, z, y, w + 1);
-                    if (here) prefetch(here + AHEAD * step, bytes);
+                    if (here) prefetch(here, AHEAD * step, bytes);
                     float *to = rows + (run + w) * row_stride;
                     if (with_rows && here)
                         read_units<P>(here, dtype, channels, to, row_stride);

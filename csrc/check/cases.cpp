@@ -176,7 +176,8 @@ nearfield_tensor output(Draw &draw, Case &c, const char *name, int64_t dtype, co
                         bool backward, double tolerance) {
     nearfield_tensor tensor = place(draw, c, shape, element_size(dtype), false, far);
     Memory *memory = tensor.data ? c.memory.back().get() : nullptr;
-    c.outputs.push_back({name, tensor, dtype, shape, memory, tolerance, 0, {}, backward});
+    bool leaks = c.special && (backward || (c.special_values && std::string(name) == "out"));
+    c.outputs.push_back({name, tensor, dtype, shape, memory, tolerance, 0, {}, backward, leaks});
     return tensor;
 }
 
@@ -235,7 +236,8 @@ Case make_attention(Draw &draw, bool bias, bool grad_bias, bool far) {
         // Zero keys outside have no product with the query here, but may well have one in a kernel.
         if (p.border != NEARFIELD_PAD) sprinkle(draw, q, {INFINITE, -INFINITE, NOT_A_NUMBER, tiny, -0.0});
         sprinkle(draw, k, {INFINITE, -INFINITE, NOT_A_NUMBER, tiny, -0.0});
-        sprinkle(draw, v, {INFINITE, -INFINITE, NOT_A_NUMBER, tiny, -0.0});
+        c.special_values = draw.chance(0.5);
+        if (c.special_values) sprinkle(draw, v, {INFINITE, -INFINITE, NOT_A_NUMBER, tiny, -0.0});
         sprinkle(draw, grad_out, {INFINITE, NOT_A_NUMBER, tiny});
     }
     if (draw.chance(0.35)) {

@@ -226,10 +226,12 @@ void corrupt(Draw &draw, Descriptor &descriptor) {
         std::memcpy(place, &bits, 8);
 }
 
-// Windows that are each within bounds while their table of biases is not.
+// Windows whose sides are within bounds while their reach, or their table of biases, is not.
 void widen(Draw &draw, nearfield_attention &p) {
-    for (nearfield_axis &axis : p.axis)
+    for (nearfield_axis &axis : p.axis) {
         axis.kernel_size = draw.pick({axis.kernel_size, int64_t(1) << draw.between(1, 40)});
+        axis.dilation = draw.pick({axis.dilation, axis.dilation, int64_t(1) << draw.between(1, 40)});
+    }
 }
 
 // What is wrong, or "".

@@ -55,6 +55,7 @@ std::string difference(const Output &out) {
     for (size_t i = 0; i < found.size(); ++i) {
         double e = out.expected[i], f = found[i];
         if (std::isfinite(e)) {
+            if (out.leaks && !std::isfinite(f)) continue;
             squares += e * e, errors += (f - e) * (f - e), ++finite;
             if (std::isfinite(f)) continue;
         } else if (std::isnan(e) ? !std::isfinite(f) : f == e || (out.backward && !std::isfinite(f)))
@@ -71,7 +72,7 @@ std::string difference(const Output &out) {
     }
     for (size_t i = 0; i < found.size(); ++i) {
         double e = out.expected[i], f = found[i];
-        if (!std::isfinite(e) || std::fabs(f - e) <= WORST_ELEMENT * (allowed + out.tolerance * std::fabs(e))) continue;
+        if (!std::isfinite(e) || !std::isfinite(f) || std::fabs(f - e) <= WORST_ELEMENT * (allowed + out.tolerance * std::fabs(e))) continue;
         std::snprintf(line, sizeof line, "%s[%zu] is %g, not %g", out.name, i, f, e);
         return line;
     }
