@@ -31,12 +31,29 @@ check-shapes: $(VENV)/.installed $(KERNELS)  ## annotated shapes and types of op
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype \
 	    -m "not compile" -k "not refuse" $(SHAPED) $(ARGS)
 
+# The kernels against the definition in double, plain and under sanitizers, on every instruction set; broken
+# descriptors; then every test about them, the wide sweep through torch included.
+CHECK := build/check
+CXX ?= c++
+MEMORY := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+THREAD := -O1 -g -fsanitize=thread
+
 check-native: $(VENV)/.installed $(KERNELS)  ## sanitizers and wide sweeps over the C++ kernels
-	@if compgen -G "csrc/*" > /dev/null; then \
-	    $(VENV)/bin/python -m pytest -m native $(ARGS); \
-	else \
-	    echo "check-native: this version has no C++ kernels (no csrc/), so there is nothing to check."; \
-	fi
+	$(MAKE) sweep KIND=plain FLAGS=-O2 CASES=10000 FUZZ=200000
+	$(MAKE) sweep KIND=memory FLAGS="$(MEMORY)" CASES=1000 FUZZ=50000
+	$(MAKE) sweep KIND=thread FLAGS="$(THREAD)" CASES=300 FUZZ=5000
+	$(VENV)/bin/python -m pytest -m native $(ARGS)
+
+.PHONY: sweep
+sweep:  # of one KIND of build, under build/check
+	mkdir -p $(CHECK)/$(KIND)
+	$(VENV)/bin/python hatch_build.py --out $(CURDIR)/$(CHECK)/$(KIND)/kernels.so --flags="$(FLAGS)"
+	cd csrc/check && $(CXX) -std=c++20 $(FLAGS) -pthread -o $(CURDIR)/$(CHECK)/$(KIND)/sweep \
+	    sweep.cpp cases.cpp reference.cpp $(CURDIR)/$(CHECK)/$(KIND)/kernels.so
+	cd csrc/check && $(CXX) -std=c++20 $(FLAGS) -pthread -o $(CURDIR)/$(CHECK)/$(KIND)/fuzz \
+	    fuzz.cpp reference.cpp ../validate.cpp $(CURDIR)/$(CHECK)/$(KIND)/kernels.so
+	$(CHECK)/$(KIND)/sweep --cases $(CASES)
+	$(CHECK)/$(KIND)/fuzz --cases $(FUZZ)
 
 check-parity: $(PARITY)/.installed $(KERNELS)  ## against NATTEN, timm and official code, in an environment of their own
 	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)

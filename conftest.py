@@ -10,8 +10,17 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU, without importing torch when none was collected."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Where nothing could be compiled the suite runs as well: the one warning that says so is no error."""
+    config.addinivalue_line("filterwarnings", "ignore:.*compiled CPU kernels:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of `make check-native` unless `-m` names them, and GPU tests where there is no GPU."""
+    if "native" not in config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("native")])
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
+    # without importing torch when none was collected
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return

@@ -25,9 +25,9 @@ constexpr int PARTS = LANES / WIDTH;
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
-typedef float vec_any __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int32_t ivec_any __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef uint16_t half_any __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+typedef float vec_any __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
+typedef int32_t ivec_any __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
+typedef uint16_t half_any __attribute__((vector_size(2 * WIDTH), aligned(1), may_alias));
 
 #define NEARFIELD_INLINE inline __attribute__((always_inline))
 

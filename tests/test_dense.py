@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from nearfield.core import library
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.dense import SCORES, dense_attention
 from nearfield.testing import assert_close, qkv
+
+FAST = ("tiled", "native") if library.unavailable() is None else ("tiled",)
 
 
 def loops(
@@ -73,18 +76,36 @@ def test_the_reference_has_all_derivatives(score: str) -> None:
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("fast", FAST)
+@pytest.mark.parametrize("kind", ["all", "causal", "last three", "padded", "padded, last three"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fast_equals_reference_in_output_and_gradients(dtype: torch.dtype) -> None:
+def test_fast_equals_reference_in_output_and_gradients(dtype: torch.dtype, kind: str, fast: str) -> None:
     results = []
-    for backend, kind in (("tiled", dtype), ("reference", torch.float64)):
-        tensors = [x.to(kind).requires_grad_() for x in qkv(2, 33, 4, 12, num_kv_heads=2, dtype=dtype)]
-        out = dense_attention(*tensors, is_causal=True, backend=backend)
+    mask = (torch.arange(33) >= torch.tensor([[0], [5]]))[:, None, None] if "padded" in kind else None
+    options = {"is_causal": kind not in ("all", "padded"), "mask": mask}
+    for backend, wide in ((fast, dtype), ("reference", torch.float64)):
+        tensors = [x.to(wide).requires_grad_() for x in qkv(2, 33, 4, 12, num_kv_heads=2, dtype=dtype)]
+        query = tensors[0][:, -3:] if "last" in kind else tensors[0]
+        out = dense_attention(query, *tensors[1:], **options, backend=backend)
         pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
-            kind
+            wide
         )
         results.append([out, *torch.autograd.grad((out * pull).sum(), tensors)])
     for number, (a, e) in enumerate(zip(*results, strict=True)):
         assert_close(a, e, gradient=number > 0)
+
+
+def test_native_says_what_it_cannot() -> None:
+    q, k, v = qkv(1, 5, 2, 4)
+    for options, says in (
+        ({"score": "relu"}, "softmax"),
+        ({"mask": torch.ones(5, 5, dtype=torch.bool)}, "mask of keys"),
+        ({"mask": torch.zeros(5)}, "mask of keys"),
+    ):
+        with pytest.raises(BackendUnavailable, match=says):
+            dense_attention(q, k, v, backend="native", **options)
+    with pytest.raises(BackendUnavailable, match="as many queries as keys"):
+        dense_attention(q[:, :3], k, v, backend="native")
 
 
 def test_softmax_of_shifted_scores_is_unchanged_and_relu_is_not() -> None:
@@ -122,12 +143,14 @@ def test_causal_output_ignores_a_poisoned_future() -> None:
 
 
 @pytest.mark.compile
-def test_it_compiles_whole_with_moving_sizes() -> None:
-    for score in ("softmax", "relu"):
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST])
+def test_it_compiles_whole_with_moving_sizes(backend: str) -> None:
+    torch._dynamo.reset()
+    for score in ("softmax", "relu") if backend in ("auto", "reference") else ("softmax",):
         compiled = torch.compile(dense_attention, fullgraph=True, dynamic=True, backend="eager")
         for tokens in (5, 9):
             tensors = qkv(1, tokens, 2, 4)
-            options = {"score": score, "is_causal": True}
+            options = {"score": score, "is_causal": True, "backend": backend}
             assert_close(compiled(*tensors, **options), dense_attention(*tensors, **options))
 
 

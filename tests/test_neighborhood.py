@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import nearfield.ops.neighborhood.attention as family
+from nearfield.core import library
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import (
@@ -20,7 +21,6 @@ from nearfield.ops.neighborhood import (
     neighborhood_attention,
     neighborhood_attention_decode,
     neighborhood_attention_varlen,
-    tiled,
     visible_slots,
     why,
 )
@@ -28,7 +28,8 @@ from nearfield.ops.window import window_attention
 from nearfield.testing import assert_close, poisoned_empty, qkv
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-BACKENDS = ("reference", "tiled")
+FAST = ("tiled", "native") if library.unavailable() is None else ("tiled",)
+BACKENDS = ("reference", *FAST)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ AWKWARD = {
         (4, 7, 6), Neighborhood((3, 3, 2), is_causal=(True, False, False)), batch=2, options=("bias",)
     ),
 }
+
+
+def widest(backend: str) -> torch.dtype:
+    """The most precise dtype that a backend computes in."""
+    return torch.float32 if backend == "native" else torch.float64
 
 
 def loops(
@@ -255,9 +261,10 @@ def test_a_query_that_sees_nothing_gets_zero_and_zero_gradient() -> None:
             assert (grad[0, 2] == 0).all()
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", AWKWARD)
-def test_tiled_equals_the_reference(name: str) -> None:
-    check_backend(AWKWARD[name], "tiled")
+def test_fast_equals_the_reference(name: str, backend: str) -> None:
+    check_backend(AWKWARD[name], backend)
 
 
 @pytest.mark.compile
@@ -274,10 +281,13 @@ def test_flex_equals_the_reference() -> None:
         assert_close(a, e)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_tiled_in_other_dtypes(dtype: torch.dtype) -> None:
-    check_backend(AWKWARD["63, causal, sinks, grouped"], "tiled", dtype)
-    check_backend(AWKWARD["2-D 13 x 21"], "tiled", dtype)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("tiled", torch.float64), *product(FAST, [torch.bfloat16, torch.float16])],
+)
+def test_fast_in_other_dtypes(backend: str, dtype: torch.dtype) -> None:
+    check_backend(AWKWARD["63, causal, sinks, grouped"], backend, dtype)
+    check_backend(AWKWARD["2-D 13 x 21"], backend, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -285,27 +295,31 @@ def test_the_reference_in_half_precision_is_near_itself_in_double(dtype: torch.d
     check_backend(AWKWARD["2-D 13 x 21"], "reference", dtype)
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", ["63, causal, sinks, grouped", "2-D pad", "3-D", "2-D stride dilation"])
-def test_no_memory_is_left_unwritten(name: str) -> None:
+def test_no_memory_is_left_unwritten(name: str, backend: str) -> None:
     with poisoned_empty():
         assert torch.empty(3).isnan().all()
-        check_backend(AWKWARD[name], "tiled")
+        check_backend(AWKWARD[name], backend)
     assert not torch.empty(3).fill_(0).isnan().any()
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["125 tokens", "2-D 13 x 21"])
 def test_a_backend_that_misses_one_key_is_caught(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    right = family.MODULES[backend].attend
+
     def attend(query, key, value, bound, **options):
         mask = torch.ones(key.shape[:-2], dtype=torch.bool)
         mask.view(-1)[len(mask.view(-1)) // 2] = False
-        return tiled.attend(query, key, value, bound, **{**options, "key_mask": mask})
+        return right(query, key, value, bound, **{**options, "key_mask": mask})
 
-    monkeypatch.setitem(family.MODULES, "tiled", SimpleNamespace(attend=attend))
+    monkeypatch.setitem(family.MODULES, backend, SimpleNamespace(attend=attend))
     with pytest.raises(AssertionError, match="relative rms error"):
-        check_backend(AWKWARD[name], "tiled", dtype)
+        check_backend(AWKWARD[name], backend, dtype)
 
 
 @st.composite
@@ -320,7 +334,7 @@ def axes(draw: st.DrawFn, *, max_side: int = 12, dilated: bool = True) -> tuple[
 @FEW
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=3), st.sampled_from(BACKENDS), st.booleans())
 def test_kernel_of_the_side_is_full_attention(grid: list[int], backend: str, causal: bool) -> None:
-    q, k, v = qkv(2, *grid, 4, 8, num_kv_heads=2, dtype=torch.float64)
+    q, k, v = qkv(2, *grid, 4, 8, num_kv_heads=2, dtype=widest(backend))
     causal = causal and len(grid) == 1
     out = neighborhood_attention(q, k, v, Neighborhood(tuple(grid), is_causal=causal), backend=backend)
     full = dense_attention(
@@ -336,9 +350,9 @@ def test_kernel_of_the_side_is_full_attention(grid: list[int], backend: str, cau
 )
 def test_kernel_equal_to_stride_is_window_attention(tiles: list[tuple[int, int]], backend: str) -> None:
     size = tuple(a for a, _ in tiles)
-    q, k, v = qkv(1, *(a * n for a, n in tiles), 2, 4, dtype=torch.float64)
+    q, k, v = qkv(1, *(a * n for a, n in tiles), 2, 4, dtype=widest(backend))
     out = neighborhood_attention(q, k, v, Neighborhood(size, stride=size), backend=backend)
-    assert_close(out, window_attention(q, k, v, window_size=size))
+    assert_close(out, window_attention(q, k, v, window_size=size, backend="tiled"))
 
 
 @FEW
@@ -347,8 +361,8 @@ def test_dilation_is_that_many_interleaved_problems(
     axis: tuple[int, int, int, int], dilation: int, causal: bool, border: str
 ) -> None:
     side, kernel, stride, _ = axis
-    tensors = qkv(1, side * dilation, 2, 4, dtype=torch.float64)
     for backend in BACKENDS:
+        tensors = qkv(1, side * dilation, 2, 4, dtype=widest(backend))
         whole = neighborhood_attention(
             *tensors, Neighborhood(kernel, stride, dilation, causal, border), backend=backend
         )
@@ -369,7 +383,7 @@ def test_interior_rows_shift_with_the_input(
     moves = [s * d for s, d in zip(strides, dilations, strict=True)]
     margins = [k * d for k, d in zip(kernels, dilations, strict=True)]
     grid = [n + m + 2 * b for n, m, b in zip(sides, moves, margins, strict=True)]
-    large = qkv(1, *grid, 1, 4, dtype=torch.float64)
+    large = qkv(1, *grid, 1, 4, dtype=widest(backend))
     geometry = Neighborhood(kernels, strides, dilations)
     spans = [slice(m, None) for m in moves]
     ends = [slice(None, n - m) for n, m in zip(grid, moves, strict=True)]
@@ -384,7 +398,7 @@ def test_interior_rows_shift_with_the_input(
 @given(axes(), st.booleans(), st.sampled_from(["shift", "truncate"]), st.sampled_from(BACKENDS))
 def test_rows_sum_to_one(axis: tuple[int, int, int, int], causal: bool, border: str, backend: str) -> None:
     side, kernel, stride, dilation = axis
-    q, k, v = qkv(1, side, 2, 4, dtype=torch.float64)
+    q, k, v = qkv(1, side, 2, 4, dtype=widest(backend))
     out = neighborhood_attention(
         q, k, torch.ones_like(v), Neighborhood(kernel, stride, dilation, causal, border), backend=backend
     )
@@ -398,7 +412,7 @@ def test_causal_output_ignores_a_poisoned_future(
 ) -> None:
     side, kernel, _, dilation = axis  # with a stride the end of the row, too, moves the last window
     now = min(now, side - 1)
-    q, k, v = qkv(1, side, 2, 4, dtype=torch.float64)
+    q, k, v = qkv(1, side, 2, 4, dtype=widest(backend))
     geometry = Neighborhood(kernel, 1, dilation, is_causal=True, num_sinks=sinks)
     short = neighborhood_attention(*(x[:, : now + 1] for x in (q, k, v)), geometry, backend="reference")
     for x in (k, v):
@@ -425,8 +439,8 @@ def test_masked_keys_may_hold_anything(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_parts_merge_by_their_lse(backend: str) -> None:
-    q, k, v = qkv(1, 6, 6, 2, 8, dtype=torch.float64)
-    _, more_k, more_v = qkv(1, 5, 2, 8, dtype=torch.float64, seed=3)
+    q, k, v = qkv(1, 6, 6, 2, 8, dtype=widest(backend))
+    _, more_k, more_v = qkv(1, 5, 2, 8, dtype=widest(backend), seed=3)
     options = {"return_lse": True, "backend": backend}
     whole, _ = neighborhood_attention(
         q, k, v, Neighborhood(3), additional_keys=more_k, additional_values=more_v, **options
@@ -439,7 +453,7 @@ def test_sums_of_parts_merge_by_their_lse(backend: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("backend", "rank"), [("reference", 1), ("tiled", 1), ("tiled", 2)])
+@pytest.mark.parametrize(("backend", "rank"), [("reference", 1), *product(FAST, [1, 2])])
 def test_the_public_function_compiles_whole_with_moving_sizes(backend: str, rank: int) -> None:
     geometry = Neighborhood(5, is_causal=rank == 1, num_sinks=2 if rank == 1 else 0)
     torch._dynamo.reset()
@@ -447,9 +461,8 @@ def test_the_public_function_compiles_whole_with_moving_sizes(backend: str, rank
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return neighborhood_attention(q, k, v, geometry, backend=backend)
 
-    compiler = (
-        "aot_eager" if backend == "tiled" else "eager"
-    )  # the reference is plain torch: its capture is the claim
+    # the reference is plain torch: its capture is the claim
+    compiler = "eager" if backend == "reference" else "aot_eager"
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=compiler)
     for side in (9, 23):
         tensors = qkv(2, *[side + i for i in range(rank)], 2, 8, requires_grad=True)
@@ -476,11 +489,12 @@ def test_the_reference_exports_with_moving_sides(rank: int) -> None:
     assert_close(program.module()(*other), Module()(*other))
 
 
-def test_tiled_ops_are_good_citizens() -> None:
+@pytest.mark.parametrize("backend", FAST)
+def test_fast_ops_are_good_citizens(backend: str) -> None:
     tensors = qkv(1, 4, 5, 2, 4, requires_grad=True)
     geometry = ([3, 2], [1, 1], [1, 1], [False, False], "shift", 0)
     arguments = (*tensors, None, None, torch.zeros(2, 5, 3, requires_grad=True), None, None, *geometry, 0.5)
-    torch.library.opcheck(torch.ops.nearfield.tiled_attention, arguments)
+    torch.library.opcheck(getattr(torch.ops.nearfield, f"{backend}_attention"), arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -522,18 +536,20 @@ def test_auto_leaves_function_transforms_to_the_reference() -> None:
         assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
     x = q.clone().requires_grad_()
     assert_close(torch.func.grad(lambda q: call(q).sum())(q), torch.autograd.grad(call(x).sum(), x)[0])
-    with pytest.raises(BackendUnavailable, match=r"torch\.func"):
-        torch.func.jvp(lambda q: call(q, "tiled"), (q,), (q,))
+    for backend in FAST:
+        with pytest.raises(BackendUnavailable, match=r"torch\.func"):
+            torch.func.jvp(lambda q, backend=backend: call(q, backend), (q,), (q,))
 
 
-def test_lengths_packed_are_separate_calls() -> None:
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_lengths_packed_are_separate_calls(backend: str) -> None:
     lengths = [5, 9, 5, 0, 12]
     q, k, v = qkv(1, sum(lengths), 4, 4, num_kv_heads=2, value_dim=3)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     mask = torch.rand(1, sum(lengths), generator=torch.Generator().manual_seed(4)) < 0.7
     geometry = Neighborhood(3, is_causal=True, num_sinks=2)
     out, lse = neighborhood_attention_varlen(
-        q, k, v, geometry, cu_seqlens=ends, key_mask=mask, return_lse=True
+        q, k, v, geometry, cu_seqlens=ends, key_mask=mask, return_lse=True, backend=backend
     )
     assert out.shape == (1, sum(lengths), 4, 3)
     for a, b in zip(ends.tolist(), ends.tolist()[1:], strict=False):
@@ -552,12 +568,13 @@ def test_lengths_packed_are_separate_calls() -> None:
         assert_close(lse[:, a:b], part[1])
 
 
-def test_grids_packed_are_separate_calls() -> None:
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_grids_packed_are_separate_calls(backend: str) -> None:
     grids = [(4, 5), (3, 3), (4, 5)]
     q, k, v = (x[0] for x in qkv(1, 49, 2, 4))
     _, more_k, more_v = qkv(3, 2, 2, 4, seed=1)
     table = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0))
-    options = {"bias": table}
+    options = {"bias": table, "backend": backend}
     out = neighborhood_attention_varlen(
         q, k, v, Neighborhood(3), grids=grids, additional_keys=more_k, additional_values=more_v, **options
     )
@@ -575,7 +592,7 @@ def test_grids_packed_are_separate_calls() -> None:
         first += y * x
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *(name for name in BACKENDS if name != "tiled")])
 @pytest.mark.parametrize(
     "geometry",
     [
@@ -715,7 +732,14 @@ def bad(**changes: object) -> object:
         ({"geometry": Neighborhood((3, 3))}, ValueError, "1 dimension"),
         ({"backend": "tilde"}, ValueError, "'tiled'"),
         ({"backend": "triton"}, BackendUnavailable, "no GPU kernels"),
-        ({"backend": "native"}, BackendUnavailable, "CPU kernels"),
+        (
+            {
+                **dict.fromkeys(("query", "key", "value"), torch.zeros(2, 8, 4, 4).double()),
+                "backend": "native",
+            },
+            BackendUnavailable,
+            "not in torch.float64",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_way_out(changes: dict, error: type[Exception], says: str) -> None:
@@ -725,7 +749,7 @@ def test_wrong_arguments_are_refused_with_a_way_out(changes: dict, error: type[E
 
 
 def test_the_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEARFIELD_BACKEND", "native")
+    monkeypatch.setenv("NEARFIELD_BACKEND", "triton")
     with pytest.raises(BackendUnavailable):
         bad()
     bad(backend="reference")
@@ -736,7 +760,7 @@ def test_the_environment_replaces_auto_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_why_names_the_backend_and_the_reasons() -> None:
     choice = why(*qkv(1, 8, 1, 4), Neighborhood(3))
-    assert choice.backend == "tiled"
+    assert choice.backend == FAST[-1]
     assert all(name in str(choice) for name in ("tiled", "native", "triton", "flex", "reference"))
     assert all(choice.others.values())
 

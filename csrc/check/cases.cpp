@@ -331,7 +331,7 @@ Case make_decode(Draw &draw, bool far) {
     const Shape keys{p.batch, {1, 1, p.num_keys}, p.kv_heads, p.head_dim};
     const Shape values{p.batch, {1, 1, p.num_keys}, p.kv_heads, p.value_dim};
     Doubles q = normals(draw, queries, 1), k = normals(draw, keys, 1), v = normals(draw, values, 1);
-    if ((c.special = draw.chance(0.1))) {
+    if ((c.special = c.special_values = draw.chance(0.1))) {
         sprinkle(draw, q, {INFINITE, NOT_A_NUMBER, -0.0});
         sprinkle(draw, k, {INFINITE, -INFINITE, NOT_A_NUMBER});
         sprinkle(draw, v, {INFINITE, -INFINITE, NOT_A_NUMBER});

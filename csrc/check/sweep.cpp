@@ -54,8 +54,8 @@ std::string difference(const Output &out) {
     size_t finite = 0;
     for (size_t i = 0; i < found.size(); ++i) {
         double e = out.expected[i], f = found[i];
+        if (out.leaks && !std::isfinite(f)) continue;
         if (std::isfinite(e)) {
-            if (out.leaks && !std::isfinite(f)) continue;
             squares += e * e, errors += (f - e) * (f - e), ++finite;
             if (std::isfinite(f)) continue;
         } else if (std::isnan(e) ? !std::isfinite(f) : f == e || (out.backward && !std::isfinite(f)))

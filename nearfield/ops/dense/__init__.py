@@ -10,13 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
-from nearfield.ops.checks import check_heads, scale_or_default, under_autocast
+from nearfield.ops.checks import check_heads, no_transform, scale_or_default, under_autocast
 from nearfield.ops.dense import reference
 from nearfield.ops.dense.reference import SCORES, Score
+from nearfield.ops.neighborhood import native
+from nearfield.ops.neighborhood.geometry import LARGEST, Neighborhood
+from nearfield.ops.neighborhood.operator import bind
 
 __all__ = ["SCORES", "Score", "dense_attention"]
 
 OP = "dense_attention"
+# for the native kernels: windows that no row is long enough to fill
+ALL, PAST = Neighborhood(LARGEST, border="truncate"), Neighborhood(LARGEST, is_causal=True)
 
 
 def dense_attention(
@@ -48,7 +53,6 @@ def dense_attention(
             f"score={score!r} is unknown. Did you mean {near[0]!r}? "
             f"Give one of {', '.join(SCORES)}, or a function."
         )
-    visible, addend = None, None
     if mask is not None:
         full = (batch, num_heads, num_queries, num_keys)
         if mask.dim() > 4 or any(
@@ -56,55 +60,69 @@ def dense_attention(
         ):
             raise ValueError(f"mask has shape {list(mask.shape)}. It must broadcast to {list(full)}.")
         mask = mask[(None,) * (4 - mask.dim())]
-        if mask.dtype == torch.bool:
-            visible = mask
-        elif mask.is_floating_point():
-            addend = mask
-        else:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(
                 f"mask has dtype {mask.dtype}. Give booleans, True where a key is seen, or numbers to add."
             )
-    if is_causal:
-        if num_queries > num_keys:
-            raise ValueError(
-                f"{num_queries} causal queries for {num_keys} keys. Queries are the last of the keys."
-            )
-        rows = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
-        past = torch.arange(num_keys, device=query.device) <= rows
-        visible = past[None, None] if visible is None else visible & past
+    if is_causal and num_queries > num_keys:
+        raise ValueError(
+            f"{num_queries} causal queries for {num_keys} keys. Queries are the last of the keys."
+        )
     factor = scale_or_default(scale, head_dim)
-    name = choose(OP, backend, {"tiled": lambda: _fused_verdict(score), "reference": Verdict})
+
+    def ask_native() -> Verdict:
+        if score != "softmax":
+            return Verdict("the CPU kernels know only the softmax.")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1):
+            return Verdict("the CPU kernels take a mask of keys, the same for all heads and queries.")
+        if (num_queries != num_keys and not is_causal) or num_keys == 0:
+            return Verdict("the CPU kernels need as many queries as keys, unless they are causal.")
+        return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+
+    def ask_tiled() -> Verdict:
+        return Verdict(None if score == "softmax" else "torch's fused attention knows only the softmax.")
+
+    name = choose(OP, backend, {"native": ask_native, "tiled": ask_tiled, "reference": Verdict})
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if name == "reference":
             weigh = SCORES[score] if isinstance(score, str) else score
+            visible, addend = _seen(query, key, mask, is_causal)
             return reference.attend(
                 query, key, value, score=weigh, visible=visible, addend=addend, scale=factor
             )
-        return _fused(query, key, value, mask, visible, addend, is_causal, factor)
+        if name == "native":
+            bound = bind(PAST if is_causal else ALL, (num_keys,), num_queries)
+            key_mask = None if mask is None else mask[:, 0, 0].expand(batch, num_keys)
+            return native.attend(query, key, value, bound, key_mask=key_mask, scale=factor)[0]
+        return _fused(query, key, value, mask, is_causal, factor)
 
     return under_autocast(attend, query, key, value)
 
 
-def _fused_verdict(score: str | Score) -> Verdict:
-    return Verdict(None if score == "softmax" else "torch's fused attention knows only the softmax.")
+def _seen(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys each query sees, and what is added to its scores; both broadcast to `[B, H, N, M]`."""
+    visible = mask if mask is not None and mask.dtype == torch.bool else None
+    addend = mask if visible is None else None
+    if is_causal:
+        num_queries, num_keys = query.shape[1], key.shape[1]
+        rows = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+        past = torch.arange(num_keys, device=query.device) <= rows
+        visible = past[None, None] if visible is None else visible & past
+    return visible, addend
 
 
 def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    visible: Tensor | None,
-    addend: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
     square = grouped = False  # branches, because a trace would make comparisons symbols, which torch refuses
     if mask is None and is_causal and query.shape[1] == key.shape[1]:
-        square, visible = True, None
+        square = True
     if query.shape[2] != key.shape[2]:
         grouped = True
+    visible, addend = (None, None) if square else _seen(query, key, mask, is_causal)
     bias = visible
     if addend is not None:
         bias = addend.to(query.dtype)

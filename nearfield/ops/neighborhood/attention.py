@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfield.core.backend import Choice, Verdict, choose, explain
+from nearfield.core.backend import Choice, Verdict, choose, explain, requested
 from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
-from nearfield.ops.neighborhood import flex, reference, tiled
+from nearfield.ops.neighborhood import flex, native, reference, tiled
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
+from nearfield.ops.neighborhood.operator import bind
 
 OP = "neighborhood_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
-MODULES: dict[str, ModuleType] = {"tiled": tiled, "reference": reference, "flex": flex}
+MODULES: dict[str, ModuleType] = {"native": native, "tiled": tiled, "reference": reference, "flex": flex}
 
 
 class Options(TypedDict, total=False):
@@ -84,16 +85,18 @@ def neighborhood_attention(
     A query that sees nothing gets 0 and a log-sum-exp of -inf. `return_lse` makes the result `(out, lse)`
     with the natural log-sum-exp of the scores, differentiable, in float32 (float64 for float64 inputs).
     """
-    options = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
-    bound = _checked(query, key, value, geometry, additional_keys, additional_values, options)
-    if key_mask is not None:  # NaN in a masked key must not reach a product
-        key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
+    options: dict[str, Any] = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
+    bound = checked(query, key, value, geometry, additional_keys, additional_values, options)
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         given = {**options, "additional_keys": more_keys, "additional_values": more_values}
         name = choose(OP, backend, _backends(query, key, value, bound, given))
+        if name == "tiled" and requested(backend) == "auto":
+            native.warn_if_missed(query, value, options["scale"])
+        if key_mask is not None and name != "native":  # NaN in a masked key must not reach a product
+            key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         return MODULES[name].attend(query, key, value, bound, **given)
 
     out, lse = under_autocast(attend, query, key, value, additional_keys, additional_values)
@@ -107,7 +110,7 @@ def why(query: Tensor, key: Tensor, value: Tensor, geometry: Neighborhood, **opt
     if unknown:
         raise TypeError(f"why() was given {', '.join(unknown)}. It takes the options {', '.join(names)}.")
     given = {name: options.get(name) for name in names}
-    bound = _checked(query, key, value, geometry, given["additional_keys"], given["additional_values"], given)
+    bound = checked(query, key, value, geometry, given["additional_keys"], given["additional_values"], given)
     return explain(OP, _backends(query, key, value, bound, given))
 
 
@@ -121,7 +124,7 @@ def _backends(
         return Verdict(cannot, "it compiles for seconds per shape, so it runs only when asked for by name.")
 
     return {
-        "native": lambda: Verdict("this build has no compiled CPU kernels."),
+        "native": lambda: Verdict(no_transform() or native.supports(query, key, value, bound, **options)),
         "triton": lambda: Verdict("this build has no GPU kernels."),
         "tiled": lambda: Verdict(no_transform() or tiled.supports(query, key, value, bound, **options)),
         "reference": Verdict,
@@ -129,7 +132,7 @@ def _backends(
     }
 
 
-def _checked(
+def checked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -147,7 +150,7 @@ def _checked(
     places, grid = tuple(query.shape[1:-2]), tuple(key.shape[1:-2])
     if len(grid) > 1 and places != grid:
         raise ValueError(f"The grid of the queries is {places}, of the keys {grid}. Give both the same one.")
-    bound = _bound(geometry, grid, places[0] if len(grid) == 1 else None)
+    bound = bind(geometry, grid, places[0] if len(grid) == 1 else None)
 
     batch, num_heads, head_dim, num_kv_heads = query.shape[0], query.shape[-2], query.shape[-1], key.shape[-2]
     if (more_keys is None) != (more_values is None):
@@ -171,10 +174,3 @@ def _checked(
         check("key_mask", options["key_mask"], (batch, *grid), query, torch.bool)
     options["scale"] = scale_or_default(options["scale"], head_dim)
     return bound
-
-
-def _bound(geometry: Neighborhood, grid: tuple[int, ...], num_queries: int | None) -> Bound:
-    """`geometry.on(grid)`, past its cache where sides may be symbols of a trace."""
-    if torch.compiler.is_compiling() or any(type(side) is not int for side in (*grid, num_queries or 0)):
-        return geometry.bind(grid, num_queries)
-    return geometry.on(grid, num_queries=num_queries)

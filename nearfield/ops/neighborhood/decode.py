@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
 from nearfield.core.dims import per_dim
-from nearfield.ops.checks import check, check_heads, scale_or_default, under_autocast
+from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
+from nearfield.ops.neighborhood import native
 from nearfield.ops.neighborhood.geometry import Axis, Neighborhood
 
 OP = "neighborhood_attention_decode"
@@ -106,24 +107,36 @@ def neighborhood_attention_decode(
         logits.append((-start).clamp(min=0).log()[:, None, None, :, None])  # so many zero keys of logit 0
     factor = scale_or_default(scale, head_dim)
 
-    def fast() -> Verdict:
+    def ask_native() -> Verdict:
+        inputs = [x for x in (query, key, value, bias, sink_logits) if x is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return Verdict(
+                "the CPU kernels decode without gradients. Use torch.no_grad(), or another backend."
+            )
+        return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+
+    def ask_tiled() -> Verdict:
         asked = {"return_lse": return_lse, "sink_logits or border='pad'": bool(logits)}
         return Verdict(
             next((f"torch's fused attention has no {name}." for name, on in asked.items() if on), None)
         )
 
-    name = choose(OP, backend, {"tiled": fast, "reference": Verdict})
+    name = choose(OP, backend, {"native": ask_native, "tiled": ask_tiled, "reference": Verdict})
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if name == "native":
+            table = None if addend is None else addend.flatten(1, 2)  # [B or 1, H, N, M]
+            return _join(*native.decode(query, key, value, visible, table, factor), logits, num_kv_heads)
         grouped = query.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, N, D]
         if name == "tiled":
             out, lse = _fused(grouped, key, value, seen, addend, factor), query.new_zeros(())
         else:
             out, lse = _explicit(grouped, key, value, seen, addend, logits, factor)
+            lse = lse.flatten(1, 2).transpose(1, 2)
         return out.permute(0, 3, 1, 2, 4).flatten(2, 3), lse
 
     out, lse = under_autocast(attend, query, key, value)
-    return (out, lse.flatten(1, 2).transpose(1, 2)) if return_lse else out
+    return (out, lse) if return_lse else out
 
 
 def visible_slots(
@@ -142,6 +155,18 @@ def visible_slots(
             first = j.masked_fill(j < 0, beyond).amin(-1, keepdim=True)
         seen = seen | ((j < first + geometry.num_sinks) & (j <= i))
     return seen & (j >= first)
+
+
+def _join(out: Tensor, lse: Tensor, logits: list[Tensor], num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Output `[B, N, H, Dv]` and log-sum-exp `[B, N, H]` with `logits` in the denominator as well."""
+    if not logits:
+        return out, lse
+    total = lse
+    for x in logits:
+        x = x.to(lse.dtype).squeeze(-1).expand(-1, num_kv_heads, lse.shape[-1] // num_kv_heads, -1)
+        total = torch.logaddexp(total, x.flatten(1, 2).transpose(1, 2))
+    share = (lse - total.masked_fill(total == -torch.inf, 0)).exp()
+    return (out * share.unsqueeze(-1)).to(out.dtype), total
 
 
 def _fused(

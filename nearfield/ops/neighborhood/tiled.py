@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nearfield.ops.neighborhood.geometry import Axis, Bound, Neighborhood
+from nearfield.ops.neighborhood import operator
+from nearfield.ops.neighborhood.geometry import Axis, Bound
 from nearfield.ops.neighborhood.tiled_blocks import Upstream, sum_dtype
 from nearfield.ops.neighborhood.tiled_boxes import (
     Sinks,
@@ -21,17 +22,7 @@ from nearfield.ops.neighborhood.tiled_boxes import (
 from nearfield.ops.neighborhood.tiled_causal import causal_backward, causal_forward, fits
 
 NAME = "nearfield::tiled_attention"
-# Schemas in words: torch cannot infer them where a checker of annotations has wrapped the functions.
-PROBLEM = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? bias, Tensor? key_mask, Tensor? sink_logits, SymInt[] kernel_size, SymInt[] stride, "
-    "SymInt[] dilation, bool[] is_causal, str border, SymInt num_sinks, float scale"
-)
-FORWARD = f"({PROBLEM}) -> (Tensor, Tensor)"
-BACKWARD = (
-    f"(Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse, {PROBLEM}, bool want_bias) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+FORWARD, BACKWARD = operator.schemas()
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, bound: Bound, **options: object) -> str | None:
@@ -53,7 +44,6 @@ def attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, *grid, H, Dv] and log-sum-exp [B, *grid, H], of checked arguments."""
-    axes, pattern = bound.axes, bound.pattern
     return _forward(
         query,
         key,
@@ -63,12 +53,7 @@ def attend(
         bias,
         key_mask,
         sink_logits,
-        [axis.kernel_size for axis in axes],
-        [axis.stride for axis in axes],
-        [axis.dilation for axis in axes],
-        [axis.is_causal for axis in axes],
-        pattern.border,
-        pattern.num_sinks,
+        *operator.pattern_arguments(bound),
         scale,
     )
 
@@ -91,7 +76,7 @@ def _forward(
     num_sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    bound = _bound(query, key, kernel_size, stride, dilation, is_causal, border, num_sinks)
+    bound = operator.bound_again(query, key, kernel_size, stride, dilation, is_causal, border, num_sinks)
     places, dv = query.shape[1:-2], value.shape[-1]
     q, k, v, more_k, more_v = _operands(query, key, value, additional_keys, additional_values)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -140,7 +125,7 @@ def _backward(
     scale: float,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bound = _bound(query, key, kernel_size, stride, dilation, is_causal, border, num_sinks)
+    bound = operator.bound_again(query, key, kernel_size, stride, dilation, is_causal, border, num_sinks)
     q, k, v, more_k, more_v, g, o = _widened(
         _operands(query, key, value, additional_keys, additional_values, grad, out)
     )
@@ -191,99 +176,7 @@ def _backward(
     return tuple(x.contiguous() for x in grads)
 
 
-@_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:-1], dtype=sum_dtype(query.dtype))
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), lse
-
-
-@_backward.register_fake
-def _(grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    inputs, want_bias = [*rest[:6], rest[7]], rest[-1]
-    like = [x if isinstance(x, Tensor) else None for x in inputs]
-    like[5] = like[5] if want_bias else None
-    return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
-
-
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.geometry = inputs[8:]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple:
-    out, lse, *tensors = ctx.saved_tensors
-    if grad is None and grad_lse is None:
-        return (None,) * 15
-    grad = torch.zeros_like(out) if grad is None else grad
-    want_bias = tensors[5] is not None and ctx.needs_input_grad[5]
-    found = _backward(grad, grad_lse, out, lse, *tensors, *ctx.geometry, want_bias)
-    found = [*found[:6], None, found[6]]
-    needed = [
-        x if x is not None and need else None for x, need in zip(found, ctx.needs_input_grad[:8], strict=True)
-    ]
-    return *needed, *([None] * 7)
-
-
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple:
-    raise NotImplementedError(
-        'The "tiled" backend has no second derivatives. Call with backend="reference", which has them.'
-    )
-
-
-def _each(op: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: tuple, args: tuple) -> tuple:
-    """vmap by a loop."""
-    found = [
-        op(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
-
-
-@_forward.register_vmap
-def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    """vmap by a larger batch, unless bias or sink logits, which have no batch, are mapped over."""
-    if in_dims[5] is not None or in_dims[7] is not None:
-        return _each(_forward, info, in_dims, args)
-    folded = list(args)
-    for i in (0, 1, 2, 3, 4, 6):
-        x, dim = args[i], in_dims[i]
-        if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            folded[i] = x.flatten(0, 1)
-    found = _forward(*folded)
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0, 0)
-
-
-@_backward.register_vmap
-def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    return _each(_backward, info, in_dims, args)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_double_backward)
-
-
-def _bound(
-    query: Tensor,
-    key: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    border: str,
-    num_sinks: int,
-) -> Bound:
-    grid = tuple(key.shape[1:-2])
-    pattern = Neighborhood(
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(dilation),
-        tuple(is_causal),
-        border=border,
-        num_sinks=num_sinks,
-    )
-    return pattern.on(grid, num_queries=query.shape[1] if len(grid) == 1 else None)
+operator.register("tiled", _forward, _backward)
 
 
 def _kind(bound: Bound, bias: Tensor | None, key_mask: Tensor | None) -> str:

@@ -11,9 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfield.ops.checks import check
-from nearfield.ops.neighborhood.attention import neighborhood_attention
+from nearfield.core.backend import Verdict, choose
+from nearfield.ops.checks import check, no_transform, scale_or_default, under_autocast
+from nearfield.ops.neighborhood import native
+from nearfield.ops.neighborhood.attention import checked, neighborhood_attention
 from nearfield.ops.neighborhood.geometry import Neighborhood
+from nearfield.ops.neighborhood.operator import bind
+
+OP = "neighborhood_attention_varlen"
+OTHERS = ("triton", "tiled", "reference", "flex")  # each says for itself, size by size, whether it can
 
 
 class VarlenOptions(TypedDict, total=False):
@@ -77,8 +83,9 @@ def neighborhood_attention_varlen(
 
     Tokens are `[T, H, D]` or `[1, T, H, D]`. Say where sequences end by `cu_seqlens` (0 first, T last), or
     give the grid of each, whose tokens are then row-major. Additional keys have one batch row for each
-    sequence; sinks are counted in each sequence anew. Sequences of one size run as one batch. Lengths in a
-    tensor are read back to the host: give a list where the call is traced or must not wait for a GPU.
+    sequence; sinks are counted in each sequence anew. The native backend runs all sequences as one job, the
+    others run those of one size as one batch. Lengths in a tensor are read back to the host: give a list
+    where the call is traced or must not wait for a GPU.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[0] != 1) or x.shape[:-2] != query.shape[:-2]:
@@ -96,6 +103,24 @@ def neighborhood_attention_varlen(
                 f"{name} has shape {list(extra.shape)}. "
                 f"It needs one batch row for each of {len(sizes)} sequences."
             )
+
+    if tokens:
+
+        def ask_native() -> Verdict:
+            mixed = len(set(map(len, sizes))) > 1
+            return Verdict(
+                no_transform()
+                or ("the CPU kernels take grids of one rank in a call." if mixed else None)
+                or native.unfit(query, value, scale_or_default(scale, query.shape[-1]))
+                or native.missing()
+            )
+
+        if choose(OP, backend, {"native": ask_native, **dict.fromkeys(OTHERS, Verdict)}) == "native":
+            given = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
+            out, lse = _as_one_job(
+                query, key, value, geometry, sizes, additional_keys, additional_values, given
+            )
+            return (out, lse) if return_lse else out
 
     members: dict[tuple[int, ...], list[int]] = {}
     for number, grid in enumerate(sizes):
@@ -140,6 +165,39 @@ def neighborhood_attention_varlen(
         return (empty, empty.sum(-1)) if return_lse else empty
     out = torch.cat([outs[i] for i in order]).reshape(*query.shape[:-1], value.shape[-1])
     return (out, torch.cat([lses[i] for i in order]).reshape(query.shape[:-1])) if return_lse else out
+
+
+def _as_one_job(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    geometry: Neighborhood,
+    sizes: list[tuple[int, ...]],
+    more_keys: Tensor | None,
+    more_values: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """All sequences by the native backend, which needs no stacked copies of those of one size."""
+    places = query.shape[:-2]
+    q, k, v = (x.flatten(0, -3) for x in (query, key, value))
+    mask = None if options["key_mask"] is None else options["key_mask"].flatten()
+
+    first = next(i for i, grid in enumerate(sizes) if prod(grid))  # those before it have no tokens
+    one = {**options, "key_mask": None}
+    part = [x[: prod(sizes[first])].unflatten(0, sizes[first])[None] for x in (q, k, v)]
+    extra = [None if x is None else x[first : first + 1] for x in (more_keys, more_values)]
+    bound = checked(part[0], part[1], part[2], geometry, extra[0], extra[1], one)
+    for grid in {grid for grid in sizes if prod(grid)}:
+        bind(geometry, grid)  # refuses a pattern that does not fit
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        given = {**one, "key_mask": mask, "additional_keys": more_keys, "additional_values": more_values}
+        return native.attend_packed(query, key, value, sizes, bound, **given)
+
+    out, lse = under_autocast(attend, q, k, v, more_keys, more_values)
+    return out.unflatten(0, places), lse.unflatten(0, places)
 
 
 def _sizes(cu_seqlens: Any, grids: Any, tokens: int) -> list[tuple[int, ...]]:

@@ -7,9 +7,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from nearfield.core.backend import Verdict, choose
 from nearfield.core.dims import per_dim
-from nearfield.ops.checks import check_heads, scale_or_default
+from nearfield.ops.checks import check_heads, no_transform, scale_or_default, under_autocast
+from nearfield.ops.dense import reference
+from nearfield.ops.neighborhood import native
 
+OP = "window_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
 TILES = {  # grid dimensions -> pattern from tokens to tiles; read from right to left it leads back
     1: "b (nx x) h d -> (b nx) h x d",
@@ -26,6 +30,7 @@ def window_attention(
     *,
     window_size: int | tuple[int, ...],
     scale: float | None = None,
+    backend: str = "auto",
 ) -> Float[Tensor, "b *grid heads dv"]:
     """Attention inside tiles of `window_size` that cover the grid without overlap.
 
@@ -47,15 +52,39 @@ def window_attention(
         raise ValueError(
             f"window_size={sizes} does not divide the grid {grid}. Pad the tokens to {padded} first."
         )
+    factor = scale_or_default(scale, query.shape[-1])
+
+    def ask_native() -> Verdict:
+        return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+
+    name = choose(OP, backend, {"native": ask_native, "tiled": Verdict, "reference": Verdict})
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if name == "native":
+            return native.attend_windows(query, key, value, sizes, scale=factor)[0]
+        return _in_tiles(query, key, value, sizes, factor, fused=name == "tiled")
+
+    return under_autocast(attend, query, key, value)
+
+
+def _in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, sizes: tuple[int, ...], scale: float, *, fused: bool
+) -> Tensor:
+    """Dense attention on the tiles as a batch: torch's fused one, or the definition."""
+    grid = query.shape[1:-2]
     pattern, axes = TILES[len(grid)], AXES[-len(grid) :]
     inner = dict(zip(axes, sizes, strict=True))
     q, k, v = (rearrange(x, pattern, **inner) for x in (query, key, value))
-    grouped = False
-    if query.shape[-2] != key.shape[-2]:  # a branch: a trace would make the comparison a symbol
-        grouped = True
-    out = F.scaled_dot_product_attention(
-        q, k, v, scale=scale_or_default(scale, query.shape[-1]), enable_gqa=grouped
-    )
+    if fused:
+        grouped = False
+        if query.shape[-2] != key.shape[-2]:  # a branch: a trace would make the comparison a symbol
+            grouped = True
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    else:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = reference.attend(
+            q, k, v, score=reference.softmax, visible=None, addend=None, scale=scale
+        ).transpose(1, 2)
     tokens, tiles = pattern.split(" -> ")
     counts = {f"n{axis}": side // inner[axis] for axis, side in zip(axes, grid, strict=True)}
     return rearrange(out, f"{tiles} -> {tokens}", **inner, **counts)
