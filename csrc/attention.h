@@ -47,6 +47,7 @@ struct State {
     alignas(64) float total[LANES];    // forward: sum of weights; backward: rowsum(grad_out * out) - grad_lse
     alignas(64) float scale[LANES];    // forward: factor on `out` besides 1 / total
     float *grad_out;                   // [units][LANES]
+    bool is_ahead;                     // forward: what the row needs later is on its way
     float *query_rows, *grad_out_rows; // [LANES / PACK][channels], lanes in pairs for bfloat16
 };
 
@@ -222,6 +223,25 @@ struct Walk {
         int64_t bytes = item_bytes(p.dtype);
         find_rows(p, plane, plan, lanes, x, bytes, to);
         for (int i = 0; i < lanes.count; i++) prefetch(to[i], 0, channels * bytes);
+    }
+
+    // Begins to move what will be needed while the processor computes: the lanes' own output rows, and the same tokens
+    // of the next head, which is the next task.
+    void fetch_ahead(const Lanes &lanes) const {
+        int64_t bytes = item_bytes(p.dtype), next = plane.kv_head + 1;
+        char *rows[LANES];
+        find_rows(p, plane, plan, lanes, p.out, bytes, rows);
+        for (int i = 0; i < lanes.count; i++)
+            for (int64_t at = 0; at < bytes * d.value; at += 64) __builtin_prefetch(rows[i] + at, 1);
+        if (next == p.kv_heads) return;
+        find_rows(p, plane, plan, lanes, p.query, bytes, rows);
+        for (int i = 0; i < lanes.count; i++) prefetch(rows[i], bytes * plan.group * p.query.stride[4], bytes * d.head);
+        for (int i = 0; i < lanes.count; i += int(plan.box[3])) {
+            int64_t at[3];
+            for (int a = 0; a < 3; a++) at[a] = source.token(a, lanes.position[a][i]);
+            prefetch(address(p.key, bytes, plane.batch, at[0], at[1], at[2], next), 0, bytes * d.head);
+            prefetch(address(p.value, bytes, plane.batch, at[0], at[1], at[2], next), 0, bytes * d.value);
+        }
     }
 
     // Calls `run(state, block, unit)` for all blocks of one unit, packed before.
@@ -459,9 +479,13 @@ void forward_task(void *context, int64_t task, void *memory) {
             state.top[j] = state.total[j] > 0 ? 0 : -INFINITE;
             state.scale[j] = 1;
         }
+        state.is_ahead = false;
     }
     const int32_t *sinks = job.sinks && job.sinks[number] ? job.sinks[number] + walk.plane.batch * num_sinks(walk.p) : nullptr;
-    walk.visit_all(sinks, false, false, [&](State &state, Block &block, int64_t) { forward_block(walk, state, block); });
+    walk.visit_all(sinks, false, false, [&](State &state, Block &block, int64_t) {
+        if (!state.is_ahead) walk.fetch_ahead(state.lanes), state.is_ahead = true;
+        forward_block(walk, state, block);
+    });
     for (int64_t i = 0; i < walk.rows; i++) finish_forward(walk, walk.work.state[i]);
 }
 

@@ -361,6 +361,9 @@ def bench(
     backend: Annotated[str, typer.Option("--backend", help="The backend that is timed.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
     rivals: Annotated[bool, typer.Option("--rivals", help="Time rivals beside it.")] = False,
+    rival: Annotated[
+        list[str] | None, typer.Option("--rival", metavar="NAME", help="Only this rival; may be given again.")
+    ] = None,
     against: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Two result files side by side, nothing timed."),
@@ -384,7 +387,7 @@ def bench(
             device=device,
             cases=case,
             backend=backend,
-            rivals=rivals,
+            rivals=tuple(rival) if rival else rivals,
             threads=threads,
             progress=progress,
             **{name: given for name, given in chosen.items() if given},

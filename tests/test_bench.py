@@ -99,6 +99,7 @@ def test_the_table_holds_the_agreed_cases():
     gflop = {case.id: case.useful_flops("forward") / 1e9 for case in for_device("cpu")}
     agreed = {
         "causal-1d-16k-w512": 16.9,
+        "causal-1d-8k-full": 77.3,
         "2d-56-k7": 0.079,
         "2d-56-k13": 0.271,
         "2d-128-k7": 1.64,

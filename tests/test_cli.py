@@ -225,6 +225,8 @@ def test_options_reach_the_functions(nearfield, stub, tmp_path):
         True,
         "cpu",
     )
+    assert nearfield("bench", "--rival", "tiled", "--rival", "sdpa")[0] == 0
+    assert bench["rivals"] == ("tiled", "sdpa")
 
 
 def test_json_is_alone_on_stdout_and_strict(nearfield, stub):

@@ -206,14 +206,14 @@ def test_attend_with_prefix_tokens_and_groups(prefix):
         torch.testing.assert_close(out[:, :, heads], wanted)
 
 
-def test_attend_one_pattern_copies_nothing_and_full_is_sdpa():
+def test_attend_one_pattern_copies_nothing_and_full_is_dense():
     q, k, v = draw(1, 20, 4, 8), draw(1, 20, 2, 8, seed=1), draw(1, 20, 2, 8, seed=2)
     site = Site("a", "self", (20,), 0, True, 4, 2)
     full = attend(q, k, v, site, SitePlan.uniform("a", 2, None))
     dense = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
     )
-    assert torch.equal(full, dense.transpose(1, 2))
+    torch.testing.assert_close(full, dense.transpose(1, 2))
     pattern = Neighborhood(4, is_causal=True, num_sinks=2)
     local = attend(q, k, v, site, SitePlan.uniform("a", 2, pattern))
     torch.testing.assert_close(local, local_by_hand(q, k, v, pattern, (20,)))

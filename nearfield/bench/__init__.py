@@ -20,14 +20,14 @@ def run(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     directions: Sequence[Direction] = DIRECTIONS,
     backend: str = "auto",
-    rivals: bool = False,
+    rivals: bool | Sequence[str] = False,
     threads: int = 1,
     seconds: float = 3.0,
     progress: Callable[[str, float, float], None] | None = None,
 ) -> BenchResult:
     """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
 
-    `cases` are ids (all that fit the device if None); `seconds` bounds the repeats of one timing and the
+    `cases` are ids (all that fit the device if None); `rivals` are all or none of them, or names; `seconds` bounds the repeats of one timing and the
     expected length of a rival's call; `progress(what, done, total)` is told before each row and at the end.
     """
     if op not in OPS:

@@ -28,7 +28,7 @@ def run_neighborhood(
     dtypes: Sequence[str],
     directions: Sequence[Direction],
     backend: str,
-    rivals: bool,
+    rivals: bool | Sequence[str],
     threads: int,
     seconds: float,
     progress: Progress | None,
@@ -40,6 +40,9 @@ def run_neighborhood(
         raise ValueError(f"device={device!r} cannot be benched. Choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
+    names = [rival.name for rival in RIVALS]
+    wanted = names if rivals is True else rivals or ()
+    _require_known("rival", wanted, names)
     if threads < 1:
         raise ValueError(f"threads={threads} must be at least 1.")
     chosen = [find(id) for id in cases] if cases is not None else list(for_device(device))
@@ -58,7 +61,7 @@ def run_neighborhood(
                 direction,
                 device=device,
                 backend=backend,
-                rivals=rivals,
+                rivals=wanted,
                 threads=threads,
                 seconds=seconds,
             )
@@ -75,7 +78,7 @@ def _row(
     *,
     device: str,
     backend: str,
-    rivals: bool,
+    rivals: Sequence[str],
     threads: int,
     seconds: float,
 ) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _row(
         with torch.no_grad():
             ours = attend(*tensors)
         for rival in RIVALS:
-            if rival.name == row["backend"]:
+            if rival.name not in rivals or rival.name == row["backend"]:
                 continue
             try:
                 found = measure(

@@ -50,18 +50,19 @@ def lane_box(bound: Bound, group: int = 1) -> tuple[Tile, float]:
 
     `group` query heads share a key/value head, and lanes. A read is one key for all lanes of a box.
     """
-    shares = []
+    shares: list[dict[int, tuple[int, int]]] = []  # side -> boxes, keys that they see
     for axis in bound.axes:
         queries = max(axis.size - bound.offset, 1) if len(bound.axes) == 1 else axis.size
         sides = range(1, min(LANES, -(-queries // axis.dilation)) + 1)
         shares.append({side: _boxes(axis, side, bound.offset, bound.pattern.num_sinks) for side in sides})
-    found: list[tuple[float, Tile]] = []
-    for heads, *box in product(range(1, min(group, LANES) + 1), *shares):
+    best: tuple[float, Tile] = (float("inf"), ())
+    for heads, *sides_of in product(range(1, min(group, LANES) + 1), *shares):
+        box = tuple(sides_of)
         if heads * prod(box) <= LANES:
-            boxes, keys = zip(*(share[side] for share, side in zip(shares, box, strict=True)), strict=True)
-            found.append((-(-group // heads) * (prod(keys) + LANE_KEYS * prod(boxes)), tuple(box)))
-    reads, box = min(found, key=lambda pair: pair[0])
-    return box, reads
+            found = [share[side] for share, side in zip(shares, box, strict=True)]
+            reads = prod(keys for _, keys in found) + LANE_KEYS * prod(boxes for boxes, _ in found)
+            best = min(best, (-(-group // heads) * float(reads), box))
+    return best[1], best[0]
 
 
 def flattened(bound: Bound, q_tile: int, kv_tile: int) -> float:
@@ -127,12 +128,11 @@ def item_bytes(dtype: str) -> int:
 
 def _boxes(axis: Axis, side: int, first: int, num_sinks: int) -> tuple[int, int]:
     """Boxes of `side` queries on an axis, and the keys that they see, summed. None goes beyond a long stride."""
-    if side <= axis.stride and not first and not num_sinks:
+    if 1 < axis.stride >= side and not first and not num_sinks:
         length = -(-axis.size // axis.dilation)
         whole, rest = divmod(length, axis.stride)
         boxes = axis.dilation * (whole * -(-axis.stride // side) + -(-rest // side))
-        if axis.stride > 1:
-            return boxes, boxes * min(axis.kernel_size, length)
+        return boxes, boxes * min(axis.kernel_size, length)
     visited = axis.tiles(side, 1, num_sinks=num_sinks, first=first).static
     return -(-(axis.size - first) // side), visited
 
