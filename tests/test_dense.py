@@ -96,16 +96,32 @@ def test_fast_equals_reference_in_output_and_gradients(dtype: torch.dtype, kind:
 
 
 def test_native_says_what_it_cannot() -> None:
-    q, k, v = qkv(1, 5, 2, 4)
+    q, k, v = qkv(1, 15, 2, 4)
     for options, says in (
         ({"score": "relu"}, "softmax"),
-        ({"mask": torch.ones(5, 5, dtype=torch.bool)}, "mask of keys"),
-        ({"mask": torch.zeros(5)}, "mask of keys"),
+        ({"mask": torch.ones(15, 15, dtype=torch.bool)}, "mask of keys"),
+        ({"mask": torch.zeros(15)}, "mask of keys"),
     ):
         with pytest.raises(BackendUnavailable, match=says):
             dense_attention(q, k, v, backend="native", **options)
     with pytest.raises(BackendUnavailable, match="as many queries as keys"):
-        dense_attention(q[:, :3], k, v, backend="native")
+        dense_attention(q[:, :12], k, v, backend="native")
+
+
+@pytest.mark.skipif(library.kernels() is None, reason="no CPU kernels")
+@pytest.mark.parametrize("queries", [1, 2])
+def test_few_queries_read_the_keys_as_decoding_does(queries: int) -> None:
+    q, k, v = qkv(2, 300, 6, 16, num_kv_heads=2, value_dim=10)
+    q = q[:, -queries:]
+    seen = torch.rand(2, 1, queries, 300, generator=torch.Generator().manual_seed(1)) < 0.5
+    for options in ({}, {"is_causal": True}, {"mask": seen}, {"mask": seen[:, :, :1], "is_causal": True}):
+        expected = dense_attention(q, k, v, backend="reference", **options)
+        assert_close(dense_attention(q, k, v, backend="native", **options), expected)
+    grown = [x.clone().requires_grad_() for x in (q, k, v)]
+    found = dense_attention(*grown, is_causal=True, backend="native")
+    expected = dense_attention(*grown, is_causal=True, backend="reference")
+    for a, b in zip(*(torch.autograd.grad(x.sum(), grown) for x in (found, expected)), strict=True):
+        assert_close(a, b, gradient=True)
 
 
 def test_softmax_of_shifted_scores_is_unchanged_and_relu_is_not() -> None:

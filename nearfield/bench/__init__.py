@@ -27,8 +27,9 @@ def run(
 ) -> BenchResult:
     """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
 
-    `cases` are ids (all that fit the device if None); `rivals` are all or none of them, or names; `seconds` bounds the repeats of one timing and the
-    expected length of a rival's call; `progress(what, done, total)` is told before each row and at the end.
+    `cases` are ids (all that fit the device if None); `rivals`: all, none, or those that are named; `seconds`
+    bounds the repeats of one timing and the expected length of a rival's call; `progress(what, done, total)`
+    is told before each row and at the end.
     """
     if op not in OPS:
         raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")

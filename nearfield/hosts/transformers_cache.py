@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -28,6 +27,7 @@ from transformers.cache_utils import (
 
 from nearfield.core import per_dim
 from nearfield.hosts.transformers_masks import Reading
+from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
 NEVER = 1 << 62  # position of a sink that has not arrived
@@ -449,11 +449,9 @@ class _Store:
 
 
 def one_row(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one query per row, `[B, 1, H, Dv]`; its heads stand as rows of their key/value head."""
-    batch, num_heads = query.shape[:2]
-    rows = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(batch, 1, num_heads, -1)
+    """Attention of one query per row, `[B, 1, H, Dv]`."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return dense_attention(q, k, v, mask=mask, scale=scale)
 
 
 def bind(cache: Cache | None, index: int, parts: tuple[Part, ...], name: str) -> None:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nearfield.hosts.seam import Call, Site, attention
+from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import Neighborhood
 
 BLOCK = 64  # neighbouring query rows that are sampled together: their windows overlap
@@ -101,11 +101,9 @@ class _Watch:
             raise ValueError(
                 f"Site {call.site.name}: sensitivity is measured on one unpadded sequence of self-attention."
             )
-        q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))  # [B, heads, N, D]
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=call.site.is_causal, scale=call.scale, enable_gqa=grouped
-        ).transpose(1, 2)
+        out = dense_attention(
+            call.query, call.key, call.value, is_causal=call.site.is_causal, scale=call.scale
+        )
         name = call.site.name
         if self.backward or not self.inside:
             # a recomputation, or a site that none will reach: these tensors live until its gradient arrives

@@ -127,7 +127,7 @@ def item_bytes(dtype: str) -> int:
 
 
 def _boxes(axis: Axis, side: int, first: int, num_sinks: int) -> tuple[int, int]:
-    """Boxes of `side` queries on an axis, and the keys that they see, summed. None goes beyond a long stride."""
+    """Boxes of `side` queries on an axis and the keys they see, summed; none goes beyond a long stride."""
     if 1 < axis.stride >= side and not first and not num_sinks:
         length = -(-axis.size // axis.dilation)
         whole, rest = divmod(length, axis.stride)

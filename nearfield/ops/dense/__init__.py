@@ -20,6 +20,7 @@ from nearfield.ops.neighborhood.operator import bind
 __all__ = ["SCORES", "Score", "dense_attention"]
 
 OP = "dense_attention"
+FEW = 8  # rows (queries times heads that share a key head) up to which reading the keys is what takes time
 # for the native kernels: windows that no row is long enough to fill
 ALL, PAST = Neighborhood(LARGEST, border="truncate"), Neighborhood(LARGEST, is_causal=True)
 
@@ -70,9 +71,14 @@ def dense_attention(
         )
     factor = scale_or_default(scale, head_dim)
 
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    is_few = not needs_grad and num_queries * (num_heads // key.shape[2]) <= FEW
+
     def ask_native() -> Verdict:
         if score != "softmax":
             return Verdict("the CPU kernels know only the softmax.")
+        if is_few and num_keys and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)):
+            return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1):
             return Verdict("the CPU kernels take a mask of keys, the same for all heads and queries.")
         if (num_queries != num_keys and not is_causal) or num_keys == 0:
@@ -91,6 +97,11 @@ def dense_attention(
             return reference.attend(
                 query, key, value, score=weigh, visible=visible, addend=addend, scale=factor
             )
+        if name == "native" and is_few:
+            visible, _ = _seen(query, key, mask, is_causal and num_queries > 1)
+            if visible is not None:
+                visible = visible[:, 0].expand(-1, num_queries, num_keys)
+            return native.decode(query, key, value, visible, None, factor)[0]
         if name == "native":
             bound = bind(PAST if is_causal else ALL, (num_keys,), num_queries)
             key_mask = None if mask is None else mask[:, 0, 0].expand(batch, num_keys)

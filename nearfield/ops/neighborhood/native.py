@@ -25,7 +25,7 @@ NAME = "nearfield::native_attention"
 FORWARD, BACKWARD = operator.schemas()
 PACKED_FORWARD, PACKED_BACKWARD = operator.schemas(f"{operator.TENSORS}, SymInt[] grids, {operator.PATTERN}")
 DECODE = (
-    "(Tensor query, Tensor key, Tensor value, Tensor visible, Tensor? addend, float scale) -> "
+    "(Tensor query, Tensor key, Tensor value, Tensor? visible, Tensor? addend, float scale) -> "
     "(Tensor, Tensor)"
 )
 
@@ -162,9 +162,9 @@ def attend_packed(
 
 
 def decode(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, addend: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, addend: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, N, H, Dv] and log-sum-exp [B, N, H] over the keys that are `visible` [B or 1, N, M].
+    """Output [B, N, H, Dv] and log-sum-exp [B, N, H] over the keys that are `visible` [B or 1, N, M], or all.
 
     `addend` [B or 1, H, N, M] is added to the scores. There are no derivatives.
     """
@@ -215,28 +215,30 @@ def _backward_packed(
 
 @torch.library.custom_op("nearfield::native_decode", mutates_args=(), device_types="cpu", schema=DECODE)
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, addend: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, addend: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     (batch, rows, heads, dim), (_, keys, kv_heads, _) = query.shape, key.shape
     if (
         key.shape != (batch, keys, kv_heads, dim)
         or value.shape[:-1] != key.shape[:-1]
-        or visible.shape not in ((batch, rows, keys), (1, rows, keys))
+        or not (visible is None or visible.shape in ((batch, rows, keys), (1, rows, keys)))
         or not (addend is None or addend.shape in ((batch, heads, rows, keys), (1, heads, rows, keys)))
-        or not (query.dtype == key.dtype == value.dtype and visible.dtype == torch.bool)
+        or not (query.dtype == key.dtype == value.dtype and (visible is None or visible.dtype == torch.bool))
     ):
         raise ValueError(MISFIT)
     out, lse = _results(query, value)
     if not lse.numel():
         return out, lse
-    query, key, value, visible = (_side_by_side(x) for x in (query, key, value, visible))
+    query, key, value = (_side_by_side(x) for x in (query, key, value))
     problem = library.Decode(
         DTYPES[query.dtype], batch, rows, keys, heads, kv_heads, dim, value.shape[-1], scale
     )
     for name, x in (("query", query), ("key", key), ("value", value), ("out", out), ("lse", lse)):
         setattr(problem, name, _place(name, x))
-    problem.visible = visible.data_ptr()
-    problem.visible_stride = (visible.stride(0) if len(visible) > 1 else 0, visible.stride(1))
+    if visible is not None:
+        visible = _side_by_side(visible)
+        problem.visible = visible.data_ptr()
+        problem.visible_stride = (visible.stride(0) if len(visible) > 1 else 0, visible.stride(1))
     if addend is not None:
         addend = _side_by_side(addend.to(torch.float32))
         problem.addend = addend.data_ptr()
@@ -247,7 +249,7 @@ def _decode(
 
 @_decode.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, addend: Tensor | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, addend: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     return _results(query, value)
 

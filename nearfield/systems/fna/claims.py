@@ -58,9 +58,9 @@ def linear_memory(*, full: bool = False) -> Result:
     """Growth of the process's peak memory during one forward pass on 128 x 128, window 13 x 13."""
     q, k, v = _random(0, (128, 128), num_heads=8, head_dim=64)
     inputs = sum(x.numel() * x.element_size() for x in (q, k, v))
-    _tiled(*_random(0, (16, 16), num_heads=8, head_dim=64))  # what is loaded once is no part of it
+    _local(*_random(0, (16, 16), num_heads=8, head_dim=64))  # what is loaded once is no part of it
     try:
-        peak = max(_growth(partial(_tiled, q, k, v)) for _ in range(3 if full else 1))
+        peak = max(_growth(partial(_local, q, k, v)) for _ in range(3 if full else 1))
     except OSError as error:
         return Result(
             "", None, skipped=f"peak memory is read from Linux's /proc, which is not here ({error})"
@@ -120,8 +120,8 @@ def _mask(
     return mask
 
 
-def _tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return neighborhood_attention(q, k, v, Neighborhood(13), backend="tiled")
+def _local(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return neighborhood_attention(q, k, v, Neighborhood(13))
 
 
 def _flat(x: Float[Tensor, "b *grid h d"]) -> Float[Tensor, "b h n d"]:
