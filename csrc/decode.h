@@ -206,6 +206,8 @@ inline int decode_forward(const nearfield_decode *problem, int64_t threads) {
                   round_up(p.head_dim, int64_t(LANES)), round_up(p.value_dim, int64_t(LANES)), 0};
     job.part = 2 + job.value_wide;
     int64_t planes = p.batch * p.kv_heads;
+    double bytes = double(planes * p.num_keys * (p.head_dim + p.value_dim) * item_bytes(p.dtype));
+    threads = worth(bytes / 12e6, threads);  // memory gives some 12 MB a millisecond
     if (!planes || !job.rows) return NEARFIELD_OK;
     job.parts = static_cast<float *>(malloc(sizeof(float) * size_t(most(planes * job.spans * job.rows * job.part, int64_t(1)))));
     Arena arena(nullptr);

@@ -83,6 +83,12 @@ struct Tables {
     }
 };
 
+double milliseconds(const Job &job, double passes) {
+    double work = 0;
+    for (int64_t i = 0; i < job.count; i++) work += passes * job.plans[i].work;
+    return work / 4e6;
+}
+
 // Tasks in runs, so that small ones do not pay for being handed out one by one.
 struct Runs {
     void (*body)(void *, int64_t, void *);
@@ -149,7 +155,7 @@ int attention_forward(const nearfield_attention *problems, int64_t count, int64_
         return plan.problem->batch * plan.problem->kv_heads * plan.planes * plan.tiles_of_plane();
     });
     Job *job = &tables.job;
-    return run(tasks, threads, bytes, forward_any, job) ? NEARFIELD_OK : NEARFIELD_NO_MEMORY;
+    return run(tasks, worth(milliseconds(*job, 1), threads), bytes, forward_any, job) ? NEARFIELD_OK : NEARFIELD_NO_MEMORY;
 }
 
 void sum_bias(const BackwardJob &job) {
@@ -169,6 +175,7 @@ int attention_backward(const nearfield_attention *problems, int64_t count, int64
     Tables tables(problems, count, true);
     if (!tables.is_complete) return NEARFIELD_NO_MEMORY;
     BackwardJob &job = tables.job;
+    threads = worth(milliseconds(job, 2.5), threads);
     int64_t heads = 0;
     bool with_bias = false, with_lists = false;
     for (int64_t i = 0; i < count; i++) {

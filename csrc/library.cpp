@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include "parallel.h"
 #include "table.h"
 #include "validate.h"
 
@@ -136,5 +137,7 @@ int nearfield_use(const char *isa) {
     chosen.store(found, std::memory_order_release);
     return NEARFIELD_OK;
 }
+
+void nearfield_set_grain(double milliseconds) { set_grain(milliseconds); }
 
 int64_t nearfield_abi(void) { return NEARFIELD_ABI; }

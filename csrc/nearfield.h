@@ -88,6 +88,8 @@ NEARFIELD_API const char *nearfield_isas(void);
 NEARFIELD_API const char *nearfield_isa(void);
 NEARFIELD_API int nearfield_use(const char *isa);
 NEARFIELD_API int64_t nearfield_abi(void);
+// Work below which a job stays on the calling thread: 1 is about a millisecond and the default, 0 is for tests.
+NEARFIELD_API void nearfield_set_grain(double milliseconds);
 
 #ifdef __cplusplus
 }

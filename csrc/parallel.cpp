@@ -205,7 +205,12 @@ Pool *const pool = [] {
     return make();
 }();
 
+std::atomic<double> least_work{1};
+
 }  // namespace
+
+double grain() { return least_work.load(std::memory_order_relaxed); }
+void set_grain(double milliseconds) { least_work.store(milliseconds, std::memory_order_relaxed); }
 
 bool parallel_for(int64_t tasks, int64_t threads, size_t bytes, void (*body)(void *context, int64_t task, void *memory),
                   void *context) {

@@ -12,4 +12,16 @@ namespace nearfield {
 bool parallel_for(int64_t tasks, int64_t threads, size_t bytes, void (*body)(void *context, int64_t task, void *memory),
                   void *context);
 
+// Milliseconds of work, roughly, that a further thread must bring. Torch's own threads spin for about as long after each
+// of its operations, and a worker that waits behind one of them for a processor costs more than it brings.
+double grain();
+void set_grain(double milliseconds);
+
+// The most threads, up to `threads`, that a job of so much work is worth.
+inline int64_t worth(double milliseconds, int64_t threads) {
+    double least = grain();
+    if (milliseconds >= least * double(threads)) return threads;
+    return milliseconds < 2 * least ? 1 : int64_t(milliseconds / least);
+}
+
 }  // namespace nearfield

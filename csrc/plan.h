@@ -129,13 +129,15 @@ struct Plan {
     int64_t tiles[3];          // tiles of the largest plane
     int64_t unit[3];           // keys of a unit
     int64_t units[3];          // units of the largest plane
+    double work;               // products of a number and a row of lanes in one forward
     int64_t rows_in_tile() const { return tile[0] * tile[1] * tile[2] * head_boxes; }
     int64_t unit_rows() const { return unit[0] * unit[1] * unit[2]; }
     int64_t tiles_of_plane() const { return tiles[0] * tiles[1] * tiles[2]; }
     int64_t units_of_plane() const { return units[0] * units[1] * units[2]; }
 };
 
-inline void choose_box(Plan &plan, const PlaneAxis *axis) {
+// Also the keys that all rows of lanes of a plane read.
+inline double choose_box(Plan &plan, const PlaneAxis *axis) {
     double seen[3][LANES + 1];
     for (int a = 0; a < 3; a++)
         for (int side = 1; side <= LANES; side++)
@@ -155,6 +157,7 @@ inline void choose_box(Plan &plan, const PlaneAxis *axis) {
                         plan.box[0] = z, plan.box[1] = y, plan.box[2] = x, plan.box[3] = h;
                     }
                 }
+    return best;
 }
 
 // `row_bytes`: memory of one row of lanes; `key_bytes`: of one packed key.
@@ -171,7 +174,8 @@ inline Plan make_plan(const nearfield_attention &problem, int64_t row_bytes, int
         axis[a].first_query = axis[a].length - ceil_div(problem.axis[a].size - (a == 2 ? problem.first_query : 0),
                                                         problem.axis[a].dilation);  // the most that a group has
     }
-    choose_box(plan, axis);
+    plan.work = choose_box(plan, axis) * double(plan.planes * problem.batch * problem.kv_heads) *
+                double(problem.head_dim + problem.value_dim);
     plan.head_boxes = ceil_div(plan.group, plan.box[3]);
 
     int64_t boxes[3], window[3];

@@ -203,13 +203,22 @@ def test_a_library_of_another_version_is_not_used(fresh):
 
 
 # ---- threads
+@pytest.fixture
+def every_thread():
+    """Even small jobs take all their threads."""
+    with library.grain(0):
+        yield
+
+
 @needs_kernels
+@pytest.mark.usefixtures("every_thread")
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
 def test_any_number_of_threads_computes_the_same(threads):
     assert averages(20_000, threads)
 
 
 @needs_kernels
+@pytest.mark.usefixtures("every_thread")
 def test_python_threads_may_call_at_once():
     with ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(averages, 3000 + 100 * i, 1 + i % 4, float(i)) for i in range(60)]
@@ -223,6 +232,8 @@ def test_a_forked_child_has_a_pool_of_its_own(python):
     code = f"""
 import os, threading
 {SHIPPED}
+from nearfield.core import library
+library.kernels().nearfield_set_grain(0.0)
 assert averages(20_000, 4)
 stop = threading.Event()
 def noise():

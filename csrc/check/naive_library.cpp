@@ -67,4 +67,6 @@ const char *nearfield_isa(void) { return "naive"; }
 int nearfield_use(const char *isa) {
     return isa && !std::strcmp(isa, "naive") ? NEARFIELD_OK : NEARFIELD_INVALID;
 }
+void nearfield_set_grain(double) {}
+
 int64_t nearfield_abi(void) { return NEARFIELD_ABI; }

@@ -171,6 +171,7 @@ int main(int count, char **words) {
     }
     if (isa != "all") isas = isa;
     int64_t passed = 0, failed = 0;
+    nearfield_set_grain(0);
     std::signal(SIGALRM, give_up);
     for (int64_t number = only < 0 ? 0 : only; number < (only < 0 ? cases : only + 1); ++number) {
         Draw draw{uint64_t(seed), uint64_t(number)};

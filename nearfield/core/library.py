@@ -79,6 +79,7 @@ FUNCTIONS = {  # name: result, arguments
     "nearfield_isas": (c_char_p,),
     "nearfield_isa": (c_char_p,),
     "nearfield_use": (c_int, c_char_p),
+    "nearfield_set_grain": (None, c_double),
 }
 
 
@@ -116,6 +117,19 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _choose(library, "isa", before)
+
+
+@contextmanager
+def grain(milliseconds: float) -> Iterator[None]:
+    """Inside, a job takes a further thread for so much work; usually 1. With 0 even the smallest takes all."""
+    library = kernels()
+    if library is None:
+        raise BackendUnavailable(unavailable())
+    library.nearfield_set_grain(milliseconds)
+    try:
+        yield
+    finally:
+        library.nearfield_set_grain(1.0)
 
 
 @cache
