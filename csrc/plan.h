@@ -160,6 +160,18 @@ inline double choose_box(Plan &plan, const PlaneAxis *axis) {
     return best;
 }
 
+// Doubles sides, first those that are short for what windows reach beyond them, while the box stays within `entries`.
+inline void widen(int64_t *side, const int64_t *limit, int64_t entries, const double *reach) {
+    while (2 * side[0] * side[1] * side[2] <= entries) {
+        int widest = -1;
+        for (int a = 0; a < 3; a++)
+            if (side[a] < limit[a] && (widest < 0 || reach[a] / double(side[a]) >= reach[widest] / double(side[widest])))
+                widest = a;
+        if (widest < 0) return;
+        side[widest] = least(2 * side[widest], limit[widest]);
+    }
+}
+
 // `row_bytes`: memory of one row of lanes; `key_bytes`: of one packed key.
 inline Plan make_plan(const nearfield_attention &problem, int64_t row_bytes, int64_t key_bytes) {
     Plan plan;
@@ -185,36 +197,23 @@ inline Plan make_plan(const nearfield_attention &problem, int64_t row_bytes, int
         plan.tile[a] = 1;
     }
     int64_t most_rows = most(least(TILE_BYTES / row_bytes, TILE_ROWS), int64_t(1));
-    while (2 * plan.rows_in_tile() <= most_rows) {  // double the side whose keys are shared least
-        int widest = -1;
-        double need = 0;
-        for (int a = 0; a < 3; a++) {
-            double ratio = double(window[a]) / double(plan.tile[a] * plan.box[a]);
-            if (plan.tile[a] < boxes[a] && ratio >= need) widest = a, need = ratio;
-        }
-        if (widest < 0) break;
-        plan.tile[widest] = least(2 * plan.tile[widest], boxes[widest]);
-    }
+    double reach[3];
+    for (int a = 0; a < 3; a++) reach[a] = double(window[a]) / double(plan.box[a]);
+    widen(plan.tile, boxes, most_rows / plan.head_boxes, reach);
     for (int a = 0; a < 3; a++) {
         plan.tiles[a] = ceil_div(boxes[a], plan.tile[a]);
         plan.tile[a] = ceil_div(boxes[a], plan.tiles[a]);
         plan.unit[a] = 1;
     }
-    int64_t most_keys = most(least(UNIT_BYTES / key_bytes, UNIT_ROWS), int64_t(16));
-    while (2 * plan.unit_rows() <= most_keys) {  // double the side that cuts windows most often
-        int widest = -1;
-        double need = 0;
-        for (int a = 0; a < 3; a++) {
-            double ratio = double(window[a] + plan.tile[a] * plan.box[a]) / double(plan.unit[a]);
-            if (plan.unit[a] < axis[a].high - axis[a].low && ratio >= need) widest = a, need = ratio;
-        }
-        if (widest < 0) break;
-        plan.unit[widest] = least(2 * plan.unit[widest], axis[widest].high - axis[widest].low);
-    }
+    int64_t most_keys = most(least(UNIT_BYTES / key_bytes, UNIT_ROWS), int64_t(16)), keys[3];
     for (int a = 0; a < 3; a++) {
-        int64_t range = axis[a].high - axis[a].low;
-        plan.units[a] = ceil_div(range, plan.unit[a]);
-        plan.unit[a] = ceil_div(range, plan.units[a]);
+        keys[a] = axis[a].high - axis[a].low;
+        reach[a] = double(window[a] + plan.tile[a] * plan.box[a]);
+    }
+    widen(plan.unit, keys, most_keys, reach);
+    for (int a = 0; a < 3; a++) {
+        plan.units[a] = ceil_div(keys[a], plan.unit[a]);
+        plan.unit[a] = ceil_div(keys[a], plan.units[a]);
     }
     return plan;
 }

@@ -302,7 +302,7 @@ Case make_attention(Draw &draw, bool bias, bool grad_bias, bool far) {
         p.grad_bias = array<float>(c, p.heads * bias_size(p));
         Shape shape{p.heads, {1, 1, 1}, 1, bias_size(p)};
         c.outputs.push_back({"grad_bias", table(p.grad_bias, bias_size(p)), NEARFIELD_F32, shape,
-                             c.memory.back().get(), loose, 0, {}, true});
+                             c.memory.back().get(), loose, 0, {}, true, c.special});
     }
     keep_inputs(c);
     Forward forward = attention(p);
