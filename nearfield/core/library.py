@@ -121,7 +121,7 @@ def use(name: str) -> Iterator[None]:
 
 @contextmanager
 def grain(milliseconds: float) -> Iterator[None]:
-    """Inside, a job takes a further thread for so much work; usually 1. With 0 even the smallest takes them."""
+    """Inside, a job takes a further thread for so much work; usually 1. With 0 each job takes them all."""
     library = kernels()
     if library is None:
         raise BackendUnavailable(unavailable())
