@@ -30,7 +30,7 @@ except ModuleNotFoundError:  # by hand
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 OUT = "nearfield/_kernels.so"  # on every system: ctypes does not look at the ending
-KERNELS = "kernels.cpp"  # compiled for each instruction set; all other sources once, for any machine
+PORTABLE = ("library.cpp", "parallel.cpp", "validate.cpp")  # compiled once; all others for each instruction set
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"]
 COMMON += ["-fno-math-errno", "-ffp-contract=fast", "-fno-trapping-math"]
 AVX2 = ["-march=x86-64-v2", "-mavx2", "-mfma", "-mf16c"]
@@ -125,8 +125,10 @@ def compile_and_link(
 ) -> None:
     """Make `out`, which appears at once and whole: whoever has an earlier one loaded keeps it."""
     portable = [f"-DNEARFIELD_WITH_{isa}" for isa in tables] + [f'-DNEARFIELD_STAMP="{stamp}"']
-    units = [(path, path.stem, portable) for path in sorted(CSRC.glob("*.cpp")) if path.name != KERNELS]
-    units += [(CSRC / KERNELS, isa, [*own, f"-DNEARFIELD_ISA={isa}"]) for isa, own in tables.items()]
+    units = [(CSRC / name, name, portable) for name in PORTABLE]
+    kernels = [path for path in sorted(CSRC.glob("*.cpp")) if path.name not in PORTABLE]
+    for isa, own in tables.items():
+        units += [(path, f"{isa}-{path.stem}", [*own, f"-DNEARFIELD_ISA={isa}"]) for path in kernels]
     with tempfile.TemporaryDirectory() as folder:
         objects = [str(Path(folder, f"{name}.o")) for _, name, _ in units]
         commands = [

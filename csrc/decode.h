@@ -200,7 +200,7 @@ inline void merge_spans(void *context, int64_t plane, void *memory) {
     }
 }
 
-inline int decode_forward(const nearfield_decode *problem, int64_t threads) {
+inline int run_decode(const nearfield_decode *problem, int64_t threads) {
     const nearfield_decode &p = *problem;
     DecodeJob job{problem, nullptr, p.num_queries * (p.heads / p.kv_heads), ceil_div(p.num_keys, SPAN),
                   round_up(p.head_dim, int64_t(LANES)), round_up(p.value_dim, int64_t(LANES)), 0};

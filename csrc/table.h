@@ -1,15 +1,28 @@
-// What one build of the kernels offers. kernels.cpp is compiled once for each instruction set, each time under
-// another name; library.cpp chooses a table when the library is first used. Further families add entries here.
+// What one build of the kernels offers. attention.cpp, linear.cpp, … are compiled once for each instruction set, each
+// time into a namespace of its name; library.cpp chooses a table when the library is first used.
 #pragma once
 #include "nearfield.h"
+
+// Every entry and its arguments, which come validated (validate.h).
+#define NEARFIELD_ENTRIES(ENTRY)                                                                    \
+    ENTRY(attention_forward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
+    ENTRY(attention_backward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
+    ENTRY(decode_forward, (const nearfield_decode *problem, int64_t threads))
 
 namespace nearfield {
 
 struct Table {
-    // Problems come validated (validate.h).
-    int (*attention_forward)(const nearfield_attention *, int64_t count, int64_t threads);
-    int (*attention_backward)(const nearfield_attention *, int64_t count, int64_t threads);
-    int (*decode_forward)(const nearfield_decode *, int64_t threads);
+#define NEARFIELD_ENTRY(name, arguments) int(*name) arguments;
+    NEARFIELD_ENTRIES(NEARFIELD_ENTRY)
+#undef NEARFIELD_ENTRY
 };
+
+#if defined(NEARFIELD_ISA)
+namespace NEARFIELD_ISA {
+#define NEARFIELD_ENTRY(name, arguments) int name arguments;
+NEARFIELD_ENTRIES(NEARFIELD_ENTRY)
+#undef NEARFIELD_ENTRY
+}  // namespace NEARFIELD_ISA
+#endif
 
 }  // namespace nearfield

@@ -1,4 +1,4 @@
-// All kernels for one instruction set: compiled once for each, with NEARFIELD_ISA naming the table.
+// Neighborhood attention and decoding for one instruction set, which NEARFIELD_ISA names.
 #include "backward.h"
 #include "decode.h"
 #include "table.h"
@@ -145,19 +145,6 @@ void backward_any(void *context, int64_t task, void *memory) {
     NEARFIELD_BY_DTYPE(p, backward_task)(context, task, memory);
 }
 
-int attention_forward(const nearfield_attention *problems, int64_t count, int64_t threads) {
-    Tables tables(problems, count, false);
-    if (!tables.is_complete) return NEARFIELD_NO_MEMORY;
-    size_t bytes = 0;
-    for (int64_t i = 0; i < count; i++)
-        bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], forward_bytes)(tables.job.problems[i], tables.job.plans[i]));
-    int64_t tasks = tables.number_tasks([](const Plan &plan) {
-        return plan.problem->batch * plan.problem->kv_heads * plan.planes * plan.tiles_of_plane();
-    });
-    Job *job = &tables.job;
-    return run(tasks, worth(milliseconds(*job, 1), threads), bytes, forward_any, job) ? NEARFIELD_OK : NEARFIELD_NO_MEMORY;
-}
-
 void sum_bias(const BackwardJob &job) {
     for (int64_t i = 0; i < job.count; i++) {
         const nearfield_attention &p = job.problems[i];
@@ -171,7 +158,22 @@ void sum_bias(const BackwardJob &job) {
     }
 }
 
-int attention_backward(const nearfield_attention *problems, int64_t count, int64_t threads) {
+}  // namespace
+
+int NEARFIELD_ISA::attention_forward(const nearfield_attention *problems, int64_t count, int64_t threads) {
+    Tables tables(problems, count, false);
+    if (!tables.is_complete) return NEARFIELD_NO_MEMORY;
+    size_t bytes = 0;
+    for (int64_t i = 0; i < count; i++)
+        bytes = most(bytes, NEARFIELD_BY_DTYPE(problems[i], forward_bytes)(tables.job.problems[i], tables.job.plans[i]));
+    int64_t tasks = tables.number_tasks([](const Plan &plan) {
+        return plan.problem->batch * plan.problem->kv_heads * plan.planes * plan.tiles_of_plane();
+    });
+    Job *job = &tables.job;
+    return run(tasks, worth(milliseconds(*job, 1), threads), bytes, forward_any, job) ? NEARFIELD_OK : NEARFIELD_NO_MEMORY;
+}
+
+int NEARFIELD_ISA::attention_backward(const nearfield_attention *problems, int64_t count, int64_t threads) {
     Tables tables(problems, count, true);
     if (!tables.is_complete) return NEARFIELD_NO_MEMORY;
     BackwardJob &job = tables.job;
@@ -213,13 +215,6 @@ int attention_backward(const nearfield_attention *problems, int64_t count, int64
     return NEARFIELD_OK;
 }
 
-}  // namespace
-}  // namespace nearfield
+int NEARFIELD_ISA::decode_forward(const nearfield_decode *problem, int64_t threads) { return run_decode(problem, threads); }
 
-#define NEARFIELD_JOIN(a, b) a##b
-#define NEARFIELD_TABLE(isa) NEARFIELD_JOIN(nearfield_table_, isa)
-extern "C" const nearfield::Table NEARFIELD_TABLE(NEARFIELD_ISA) = {
-    nearfield::attention_forward,
-    nearfield::attention_backward,
-    nearfield::decode_forward,
-};
+}  // namespace nearfield
