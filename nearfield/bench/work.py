@@ -1,9 +1,10 @@
-"""CPU seconds of a call on one thread: a figure that other work on the machine hardly moves."""
+"""CPU seconds and memory of a call, by counters that other work on the machine hardly moves."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -25,3 +26,19 @@ def cpu_seconds(call: Callable[[], object], *, budget: float = 0.3, least: int =
     finally:
         torch.set_num_threads(threads)
     return min(found)
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """Bytes by which the process's memory rose at most. Raises `OSError` where Linux's /proc is absent."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

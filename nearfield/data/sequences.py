@@ -138,5 +138,10 @@ def regression(
 
 
 def _distinct(rows: int, below: int, count: int, generator: Generator) -> Int[Tensor, "rows count"]:
-    """`count` different numbers below `below` in each row, in random order."""
-    return torch.rand(rows, below, generator=generator).argsort(1)[:, :count]
+    """`count` different numbers below `below` in each row, in random order (Floyd's way of drawing them)."""
+    found = torch.empty(rows, count, dtype=torch.long)
+    for place, top in enumerate(range(below - count, below)):
+        drawn = torch.randint(0, top + 1, (rows,), generator=generator)
+        taken = (found[:, :place] == drawn[:, None]).any(1)
+        found[:, place] = drawn.masked_fill(taken, top)
+    return found.gather(1, torch.rand(rows, count, generator=generator).argsort(1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfield.bench.timing import timed
-from nearfield.bench.work import cpu_seconds
+from nearfield.bench.work import cpu_seconds, peak_growth
 from nearfield.catalog import Result
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
@@ -64,7 +63,7 @@ def linear_memory(*, full: bool = False) -> Result:
     inputs = sum(x.numel() * x.element_size() for x in (q, k, v))
     _local(*_random(0, (16, 16), num_heads=8, head_dim=64))  # what is loaded once is no part of it
     try:
-        peak = max(_growth(partial(_local, q, k, v)) for _ in range(3 if full else 1))
+        peak = max(peak_growth(partial(_local, q, k, v)) for _ in range(3 if full else 1))
     except OSError as error:
         return Result(
             "", None, skipped=f"peak memory is read from Linux's /proc, which is not here ({error})"
@@ -148,22 +147,6 @@ def _gathered(
     near_k, near_v = (rearrange(x[0, rows, columns], "y x i j h d -> (y x) h (i j) d") for x in (k, v))
     out = F.scaled_dot_product_attention(rearrange(q, "1 y x h d -> (y x) h 1 d"), near_k, near_v)
     return rearrange(out, "(y x) h 1 d -> 1 y x h d", y=q.shape[1])
-
-
-def _growth(call: Callable[[], object]) -> int:
-    """Bytes by which the process's memory rose at most. Raises `OSError` where /proc is absent."""
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use now
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def _bars(seconds: dict[str, float], axes: Any, scale: str = "log") -> None:

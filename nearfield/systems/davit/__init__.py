@@ -1,0 +1,1 @@
+"""DaViT: window attention over space alternates with attention over channels."""
