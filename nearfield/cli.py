@@ -350,8 +350,46 @@ def convert(
 
 
 @app.command()
+def train(
+    system: Annotated[str, typer.Argument(help="A system with a recipe, or a recipe's own TOML file.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR|NAME", help="Data, for recipes that let you choose.")
+    ] = None,
+    out: Out = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Steps, instead of the recipe's.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Another setting: lr=1e-3; may be given again."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--fresh", help="Go on from the last checkpoint, or begin anew.")
+    ] = True,
+    json_: Json = False,
+) -> None:
+    """Train a system by its recipe. Several processes: `accelerate launch -m nearfield train SYSTEM`."""
+    from nearfield.train.command import run as train_system
+
+    with working() as progress:
+        result = train_system(
+            system,
+            data=data,
+            out=out,
+            steps=steps,
+            settings=tuple(settings or ()),
+            resume=resume,
+            progress=progress,
+        )
+    if result is not None:  # only the first of several processes answers
+        say(result, json_)
+
+
+@app.command()
 def bench(
-    op: Annotated[str, typer.Argument(help="The operator: neighborhood.")] = "neighborhood",
+    op: Annotated[
+        str, typer.Argument(help="The operator: neighborhood, linear, lla or scan.")
+    ] = "neighborhood",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     case: Annotated[
         list[str] | None, typer.Option("--case", metavar="ID", help="Only this case; may be given again.")

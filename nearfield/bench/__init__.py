@@ -9,7 +9,7 @@ from nearfield.bench.results import BenchResult, Comparison, compare
 
 __all__ = ["CASES", "OPS", "BenchResult", "Case", "Comparison", "compare", "run"]
 
-OPS = ("neighborhood",)
+OPS = ("neighborhood", "linear", "lla", "scan")
 
 
 def run(
@@ -33,9 +33,10 @@ def run(
     """
     if op not in OPS:
         raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")
-    from nearfield.bench.runner import run_neighborhood
+    from nearfield.bench.runner import run_op
 
-    return run_neighborhood(
+    return run_op(
+        op,
         device=device,
         cases=cases,
         dtypes=dtypes,

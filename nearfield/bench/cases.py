@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 DTYPES = ("float32", "bfloat16", "float16")
+C = TypeVar("C", bound=Any)  # a case of any table
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,16 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def find(id: str) -> Case:
+def find(id: str, table: Sequence[C] = CASES) -> C:
     """The case of that id, or `ValueError` with the nearest ones."""
-    for case in CASES:
+    for case in table:
         if case.id == id:
             return case
-    known = [case.id for case in CASES if not case.is_hidden]
+    known = [case.id for case in table if not case.is_hidden]
     near = ", ".join(get_close_matches(id, known, 3, 0.3) or known)
     raise ValueError(f"No bench case is called {id!r}. Did you mean {near}?")
 
 
-def for_device(device: str) -> tuple[Case, ...]:
+def for_device(device: str, table: Sequence[C] = CASES) -> tuple[C, ...]:
     """The table's cases for a device: the small ones everywhere, the large ones on "cuda" only."""
-    return tuple(case for case in CASES if not case.is_hidden and case.device in ("cpu", device))
+    return tuple(case for case in table if not case.is_hidden and case.device in ("cpu", device))

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.bench.cases import DIRECTIONS, DTYPES, Case, Direction, find, for_device
+from nearfield.bench import sequences
+from nearfield.bench.cases import CASES, DIRECTIONS, DTYPES, Case, Direction, find, for_device
 from nearfield.bench.results import BenchResult, provenance
 from nearfield.bench.rivals import RIVALS, Unfit, measure, step
-from nearfield.bench.timing import Gemm, timed
+from nearfield.bench.sequence_rows import sequence_row
+from nearfield.bench.timing import timed_row
 from nearfield.core.backend import requested
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.neighborhood import neighborhood_attention, why
@@ -21,7 +23,8 @@ from nearfield.plan.roofline import DEVICES, predict
 Progress = Callable[[str, float, float], None]
 
 
-def run_neighborhood(
+def run_op(
+    op: str,
     *,
     device: str,
     cases: Sequence[str] | None,
@@ -33,19 +36,23 @@ def run_neighborhood(
     seconds: float,
     progress: Progress | None,
 ) -> BenchResult:
-    """The rows of `nearfield bench neighborhood`; `nearfield.bench.run` holds the defaults."""
+    """The rows of `nearfield bench OP`; `nearfield.bench.run` holds the defaults."""
     _require_known("dtype", dtypes, DTYPES)
     _require_known("direction", directions, DIRECTIONS)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} cannot be benched. Choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
-    names = [rival.name for rival in RIVALS]
+    if op == "neighborhood":
+        table, names, row = CASES, [rival.name for rival in RIVALS], _row
+    else:
+        table = tuple(case for case in sequences.CASES if case.op == op)
+        names, row = sequences.RIVALS, sequence_row
     wanted = names if rivals is True else rivals or ()
     _require_known("rival", wanted, names)
     if threads < 1:
         raise ValueError(f"threads={threads} must be at least 1.")
-    chosen = [find(id) for id in cases] if cases is not None else list(for_device(device))
+    chosen = [find(id, table) for id in cases] if cases is not None else list(for_device(device, table))
     for case in chosen:
         if case.device not in ("cpu", device):
             raise ValueError(f"Case {case.id} is meant for {case.device}; on {device} it would take hours.")
@@ -54,21 +61,22 @@ def run_neighborhood(
     with _threads(threads):
         for done, (case, dtype, direction) in enumerate(plan):
             if progress is not None:
-                progress("bench neighborhood", done, len(plan))
-            row = _row(
-                case,
-                dtype,
-                direction,
-                device=device,
-                backend=backend,
-                rivals=wanted,
-                threads=threads,
-                seconds=seconds,
+                progress(f"bench {op}", done, len(plan))
+            rows.append(
+                row(
+                    case,
+                    dtype,
+                    direction,
+                    device=device,
+                    backend=backend,
+                    rivals=wanted,
+                    threads=threads,
+                    seconds=seconds,
+                )
             )
-            rows.append(row)
     if progress is not None:
-        progress("bench neighborhood", len(plan), len(plan))
-    return BenchResult(op="neighborhood", rows=tuple(rows), **provenance(device, threads))
+        progress(f"bench {op}", len(plan), len(plan))
+    return BenchResult(op=op, rows=tuple(rows), **provenance(device, threads))
 
 
 def _row(
@@ -87,31 +95,10 @@ def _row(
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return neighborhood_attention(query, key, value, case.pattern, backend=backend)
 
-    gemm = Gemm(getattr(torch, dtype), device)
-    gemm.measure()
-    timing = timed(step(attend, tensors, direction), device, budget=seconds)
-    gemm.measure()
     name = _backend_used(case, tensors, backend)
-    rate = case.useful_flops(direction) / timing.seconds / 1e9
-    row: dict[str, Any] = {
-        "case": case.id,
-        "direction": direction,
-        "dtype": dtype,
-        "backend": name,
-        "threads": threads,
-        "seconds": timing.seconds,
-        "min": timing.min,
-        "max": timing.max,
-        "repeats": timing.repeats,
-        "predicted_seconds": _predicted(case, dtype, direction, device, name, gemm.gflops),
-        "useful_gflops": rate,
-        "gemm_gflops": gemm.gflops,
-        "ratio_to_gemm": rate / gemm.gflops,
-        "rivals": {},
-        "rivals_skipped": {},
-        "rivals_notes": {},
-        "rivals_compile_seconds": {},
-    }
+    row = timed_row(case, dtype, direction, step(attend, tensors, direction), device, name, threads, seconds)
+    gemm_gflops = row["gemm_gflops"]
+    row["predicted_seconds"] = _predicted(case, dtype, direction, device, name, gemm_gflops)
     if rivals:
         with torch.no_grad():
             ours = attend(*tensors)
@@ -120,7 +107,7 @@ def _row(
                 continue
             try:
                 found = measure(
-                    rival, case, tensors, direction, ours=ours, gemm_gflops=gemm.gflops, limit=seconds
+                    rival, case, tensors, direction, ours=ours, gemm_gflops=gemm_gflops, limit=seconds
                 )
             except Unfit as reason:
                 row["rivals_skipped"][rival.name] = str(reason)

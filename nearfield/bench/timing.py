@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,3 +92,40 @@ class Gemm:
     def gflops(self) -> float:
         """GFLOP/s, from the median of all samples."""
         return 2.0 * self.side**3 / median(self.seconds) / 1e9
+
+
+def timed_row(
+    case: Any,
+    dtype: str,
+    direction: str,
+    call: Callable[[], object],
+    device: str,
+    backend: str,
+    threads: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """One row of a table: the call timed between two samples of a matrix product, and the useful work."""
+    gemm = Gemm(getattr(torch, dtype), device)
+    gemm.measure()
+    timing = timed(call, device, budget=seconds)
+    gemm.measure()
+    rate = case.useful_flops(direction) / timing.seconds / 1e9
+    return {
+        "case": case.id,
+        "direction": direction,
+        "dtype": dtype,
+        "backend": backend,
+        "threads": threads,
+        "seconds": timing.seconds,
+        "min": timing.min,
+        "max": timing.max,
+        "repeats": timing.repeats,
+        "predicted_seconds": None,
+        "useful_gflops": rate,
+        "gemm_gflops": gemm.gflops,
+        "ratio_to_gemm": rate / gemm.gflops,
+        "rivals": {},
+        "rivals_skipped": {},
+        "rivals_notes": {},
+        "rivals_compile_seconds": {},
+    }
