@@ -78,7 +78,8 @@ class Stage(nn.Module):
 class Pyramid(Backbone):
     """Stages on maps `[B, Y, X, C]`; the stem makes the first one of the pictures.
 
-    `norm_pooled` puts the final norm behind the pooling. `strides` are those of the stem and the stages.
+    `norm_pooled` puts the final norm behind the pooling. `strides` are those of the stem and of each stage,
+    4, 1 and then 2 if not given.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Pyramid(Backbone):
         dims: Sequence[int],
         *,
         num_classes: int,
-        strides: Sequence[int] = (4, 1, 2, 2, 2),
+        strides: Sequence[int] | None = None,
         norm: nn.Module | None = None,
         norm_pooled: bool = False,
     ):
@@ -98,8 +99,9 @@ class Pyramid(Backbone):
         self.norm = norm or nn.Identity()
         self.norm_pooled = norm_pooled
         self.head = self.make_head(num_classes)
-        reduction, self.feature_info = strides[0], []
-        for number, (dim, stride) in enumerate(zip(dims, strides[1:], strict=True)):
+        reduction, *others = strides or (4, 1, *(2,) * (len(dims) - 1))
+        self.feature_info = []
+        for number, (dim, stride) in enumerate(zip(dims, others, strict=True)):
             reduction *= stride
             info: dict[str, Any] = {"num_chs": dim, "reduction": reduction, "module": f"stages.{number}"}
             self.feature_info.append(info)

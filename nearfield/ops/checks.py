@@ -80,8 +80,8 @@ def no_transform() -> str | None:
 def under_autocast(run: Callable[..., T], query: Tensor, *others: Tensor | None) -> T:
     """`run(query, *others)`: when autocast is on, with the tensors in its dtype and autocast off inside."""
     device = query.device.type
-    if query.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return run(query, *others)
+    if query.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return run(query, *others)  # torch knows no autocast of meta tensors
     half = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         return run(query.to(half), *(None if x is None else x.to(half) for x in others))

@@ -31,16 +31,22 @@ class ChannelAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "b *grid dim"]) -> Float[Tensor, "b *grid dim"]:
+        maps, values = self.maps(x)
+        out = values @ maps.to(values.dtype).mT
+        return self.proj(rearrange(out, "b g n d -> b n (g d)")).view(x.shape)
+
+    def maps(
+        self, x: Float[Tensor, "b *grid dim"]
+    ) -> tuple[Float[Tensor, "b g d d"], Float[Tensor, "b g n d"]]:
+        """The attention of channels to channels, and the values that it weighs."""
         q, k, v = rearrange(
             self.qkv(x.flatten(1, -2)), "b n (three g d) -> three b g n d", three=3, g=self.num_groups
         )
-        scale = q.shape[-2 if self.scale_by_tokens else -1] ** -0.5
         if not self.scale_by_tokens:
             q, k, v = k, v, q
+        scale = q.shape[-2 if self.scale_by_tokens else -1] ** -0.5
         with torch.autocast(x.device.type, enabled=False):
-            maps = ((q.float() * scale).mT @ k.float()).softmax(-1).to(v.dtype)  # [B, G, D, D]
-        out = v @ maps.mT
-        return self.proj(rearrange(out, "b g n d -> b n (g d)")).view(x.shape)
+            return ((q.float() * scale).mT @ k.float()).softmax(-1), v
 
 
 class Block(nn.Module):
