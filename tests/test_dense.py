@@ -140,6 +140,32 @@ def test_relu_forgets_how_often_the_keys_are_repeated() -> None:
     assert_close(dense_attention(q, k.repeat(1, 3, 1, 1), v.repeat(1, 3, 1, 1), score="relu"), once)
 
 
+@pytest.mark.parametrize("score", ["relu", "squared_relu"])
+def test_relu_in_a_window_divides_by_the_keys_that_are_there(score: str) -> None:
+    """Keys all alike answer the same at the edges, where a window holds fewer of them, as inside."""
+    _, k, v = qkv(1, 1, 2, 4, dtype=torch.float64)
+    keys, values = k.expand(-1, 9, -1, -1), v.expand(-1, 9, -1, -1)
+    i = torch.arange(9)
+    window = (i[:, None] - i).abs() <= 2
+    positive = (keys * keys).sum(-1, keepdim=True)
+    expected = values * (positive if score == "relu" else positive.square())
+    found = dense_attention(keys, keys, values, score=score, mask=window, scale=1.0)
+    assert_close(found, expected)
+
+
+def test_relu_attention_to_a_set_is_the_mean_of_its_random_features() -> None:
+    """(1/N) sum_i relu(x0' W x_i) x_i for each frozen W of a head, whatever the order of the set."""
+    draw = torch.Generator().manual_seed(0)
+    x0 = torch.randn(2, 1, 5, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 7, 5, generator=draw, dtype=torch.float64)
+    frozen = torch.randn(3, 5, 5, generator=draw, dtype=torch.float64)
+    expected = torch.einsum("bqmn,bnd->bqmd", torch.einsum("bqd,mde,bne->bqmn", x0, frozen, x).relu(), x) / 7
+    queries = torch.einsum("bqd,mde->bqme", x0, frozen)
+    for order in (torch.arange(7), torch.randperm(7, generator=draw)):
+        keys = x[:, order, None]
+        assert_close(dense_attention(queries, keys, keys, score="relu", scale=1.0), expected)
+
+
 def test_a_function_may_be_the_score() -> None:
     q, k, v = qkv(1, 6, 2, 4)
 
