@@ -72,9 +72,13 @@ def no_transform() -> str | None:
     stack = torch._C._functorch.get_interpreter_stack() or ()
     if any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack):
         return "it has no derivatives inside torch.func transforms (grad, jvp, hessian ...)."
-    if forward_ad._current_level >= 0:
-        return "it has no forward-mode derivatives."
-    return None
+    return no_forward_mode()
+
+
+def no_forward_mode() -> str | None:
+    """Why a backend that has no forward-mode derivatives cannot run here, or None."""
+    is_forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return "it has no forward-mode derivatives." if is_forward else None
 
 
 def under_autocast(run: Callable[..., T], query: Tensor, *others: Tensor | None) -> T:

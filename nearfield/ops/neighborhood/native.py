@@ -118,14 +118,21 @@ def attend(
     )
 
 
-def attend_windows(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Sequence[int], *, scale: float
+def attend_numbers(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    border: Border,
+    *,
+    bias: Tensor | None = None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` in tiles of `sizes` that cover the grid: nothing here that a trace could stumble over."""
-    size, ones, never = list(sizes), [1] * len(sizes), [False] * len(sizes)
-    return _forward(
-        query, key, value, None, None, None, None, None, size, size, ones, never, "shift", 0, scale
-    )
+    """`attend` with a pattern given in numbers: nothing here that a trace could stumble over."""
+    ones, never = [1] * len(kernel_size), [False] * len(kernel_size)
+    pattern = (list(kernel_size), list(stride), ones, never, border, 0)
+    return _forward(query, key, value, None, None, bias, None, None, *pattern, scale)
 
 
 def attend_packed(

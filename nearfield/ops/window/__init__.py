@@ -61,7 +61,7 @@ def window_attention(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if name == "native":
-            return native.attend_windows(query, key, value, sizes, scale=factor)[0]
+            return native.attend_numbers(query, key, value, sizes, sizes, "shift", scale=factor)[0]
         return _in_tiles(query, key, value, sizes, factor, fused=name == "tiled")
 
     return under_autocast(attend, query, key, value)

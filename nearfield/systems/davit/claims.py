@@ -30,7 +30,8 @@ def linear_cost(*, full: bool = False) -> Result:
     slower = [seconds[-1] / seconds[0] for _, seconds in (ours, theirs)]  # type: ignore[operator]
     words = (
         f"FLOPs at 448 px / at 224 px: {growth[0]:.2f}, ViT {growth[1]:.2f}; "
-        f"seconds at {sides[-1]} px / at 224 px: {slower[0]:.1f}, ViT {slower[1]:.1f} ({1e3 * ours[1][-1]:.0f} and {1e3 * theirs[1][-1]:.0f} ms)"
+        f"seconds at {sides[-1]} px / at 224 px: {slower[0]:.1f}, ViT {slower[1]:.1f}; "
+        f"at {sides[-1]} px {ours[1][-1]:.2f} and {theirs[1][-1]:.2f} s"
     )
     return Result(words, abs(growth[0] - 4) <= 0.1 < growth[1] - 4 and slower[0] < slower[1], costs.plot)
 
