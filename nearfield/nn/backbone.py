@@ -142,7 +142,7 @@ class Backbone(nn.Module):
             (inside, None),
             (r"^norm", (99999,)),
         ]
-        return {"stem": r"^(stem|pos_embed|cls_token)", "blocks": inside if coarse else finer}
+        return {"stem": r"^(?:stem|pos_embed|cls_token)", "blocks": inside if coarse else finer}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed, besides biases and norms."""

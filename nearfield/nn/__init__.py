@@ -1,0 +1,1 @@
+"""Layers: modules built from the operators, one file each."""
