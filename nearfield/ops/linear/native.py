@@ -1,0 +1,285 @@
+"""Linear attention by the C++ kernels of csrc/: on a CPU, step by step, forward and backward, any strides.
+
+States are float32 whatever the inputs are. A step costs one multiplication and two additions of products for
+each number of the state, at any length, and a backward about four times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfield.core import library
+from nearfield.core.errors import BackendUnavailable
+
+NAME = "nearfield::native_linear"
+INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? beta, Tensor? g, Tensor? initial_state, float scale"
+FORWARD = f"({INPUTS}) -> (Tensor, Tensor)"
+BACKWARD = (
+    f"(Tensor grad, Tensor? grad_final_state, {INPUTS}, bool want_g, bool want_initial_state) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+NUM_TENSORS = 6  # among INPUTS
+
+RESULTS = ("grad_out", "grad_query", "grad_key", "grad_value", "grad_beta", "grad_g")
+PLACE = Struct("6q")  # nearfield_tensor
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of csrc/nearfield.h
+NO_MEMORY = 2
+WIDEST = 1024  # channels
+LARGEST_SCALE = torch.finfo(torch.float32).max
+MISFIT = (
+    "The tensors do not fit one another. Call the functions of nearfield.ops.linear, which say what is wrong."
+)
+
+
+def missing() -> str | None:
+    """Why there are no kernels here, or None."""
+    return library.unavailable()
+
+
+# To a trace the library is a constant. torch.compiler.assume_constant_result says so, but imports Dynamo.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unfit(query: Tensor, value: Tensor, scale: float) -> str | None:
+    """Why the kernels could not run this even if they were here, or None."""
+    if query.device.type != "cpu":
+        return f"the CPU kernels cannot read tensors on {query.device.type!r}."
+    if query.dtype not in DTYPES:
+        return f"the CPU kernels compute in float32, bfloat16 and float16, not in {query.dtype}."
+    if not 1 <= query.shape[-1] <= WIDEST or not 1 <= value.shape[-1] <= WIDEST:
+        return (
+            f"the CPU kernels take 1 to {WIDEST} channels, given {query.shape[-1]} of queries and keys, "
+            f"{value.shape[-1]} of values."
+        )
+    if not abs(scale) <= LARGEST_SCALE:
+        return f"the CPU kernels need a scale that float32 can hold, given {scale}."
+    return None
+
+
+def gated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, V] of S = exp(g) S + k v, o = scale q S, and the last S [B, H, K, V].
+
+    `g` is [B, T, H], or [B, T, H, K] with a decay for each channel of the keys, or None.
+    """
+    return _forward(query, key, value, None, g, initial_state, scale)
+
+
+def delta(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, V] of S = exp(g) S, then S += beta k (v - k S), o = scale q S, and the last S.
+
+    `beta` is [B, T, H]; `g` as in `gated`.
+    """
+    return _forward(query, key, value, beta, g, initial_state, scale)
+
+
+@torch.library.custom_op(NAME, mutates_args=(), device_types="cpu", schema=FORWARD)
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    out, final_state = _results(*inputs)
+    problem, given = _describe(*inputs)
+    if not out.numel():
+        initial_state = given[-1]
+        return out, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+    _point(problem, "out", out)
+    problem.final_state = final_state.data_ptr()
+    _run("nearfield_linear_forward", problem)
+    return out, final_state
+
+
+@torch.library.custom_op(f"{NAME}_backward", mutates_args=(), device_types="cpu", schema=BACKWARD)
+def _backward(
+    grad: Tensor, grad_final_state: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *inputs, want_g, want_initial_state = arguments
+    beta, g, initial_state = inputs[3:NUM_TENSORS]
+    problem, given = _describe(*inputs)
+    out, state = _results(*inputs)
+    if grad.shape != out.shape or grad.dtype != out.dtype:
+        raise ValueError(MISFIT)
+    if grad_final_state is not None:
+        grad_final_state = grad_final_state.to(torch.float32).contiguous()
+        if grad_final_state.shape != state.shape:
+            raise ValueError(MISFIT)
+    grads = [x.new_empty(x.shape) for x in inputs[:3]]
+    grad_beta = grad.new_empty(0) if beta is None else beta.new_empty(beta.shape, dtype=torch.float32)
+    grad_g = grad.new_empty(0) if g is None else given[4].new_empty(g.shape if want_g else 0)
+    grad_state = grad.new_empty(0)
+    if initial_state is not None:
+        grad_state = state if want_initial_state else state.new_empty(0)
+    if out.numel():
+        grad = _side_by_side(grad)
+        for name, x in zip(RESULTS, (grad, *grads, grad_beta, grad_g), strict=True):
+            if x.numel():
+                _point(problem, name, x)
+        if grad_final_state is not None:
+            problem.grad_final_state = grad_final_state.data_ptr()
+        if grad_state.numel():
+            problem.grad_initial_state = grad_state.data_ptr()
+        _run("nearfield_linear_backward", problem)
+    else:
+        for x in (*grads, grad_beta, grad_g):
+            x.zero_()
+        if grad_state.numel():
+            grad_state.zero_() if grad_final_state is None else grad_state.copy_(grad_final_state)
+    return (
+        *grads,
+        grad_beta if beta is None else grad_beta.to(beta.dtype),
+        grad_g if g is None else grad_g.to(g.dtype),
+        grad_state if initial_state is None else grad_state.to(initial_state.dtype),
+    )
+
+
+@_forward.register_fake
+def _results(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Memory for the output and the state, by the query: a default device may be set elsewhere."""
+    (batch, length, heads, dim), dv = query.shape, value.shape[-1]
+    state = query.new_empty((batch, heads, dim, dv), dtype=torch.float32)
+    return query.new_empty((batch, length, heads, dv)), state
+
+
+@_backward.register_fake
+def _(grad: Tensor, grad_final_state: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, _, want_g, want_initial_state = arguments
+    wanted = (True, True, True, True, want_g, want_initial_state)
+    return tuple(
+        grad.new_empty(0) if x is None else x.new_empty(x.shape if is_wanted else 0)
+        for x, is_wanted in zip(inputs, wanted, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad: Tensor | None, grad_final_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    query, _, value, *_ = tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:NUM_TENSORS]
+    if grad is None and grad_final_state is None:
+        return (None,) * (NUM_TENSORS + 1)
+    if grad is None:
+        grad = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+    wanted = [x is not None and n for x, n in zip(tensors, needed, strict=True)]
+    found = _backward(grad, grad_final_state, *tensors, ctx.scale, *wanted[-2:])
+    return *(x if n else None for x, n in zip(found, wanted, strict=True)), None
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        'The "native" backend has no second derivatives. Call with backend="reference", which has them.'
+    )
+
+
+def _fold(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
+    """vmap by a larger batch."""
+
+    def mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        folded = list(args)
+        for i, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(x, Tensor):
+                x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+                folded[i] = x.flatten(0, 1)
+        found = op(*folded)
+        # a gradient that is not there has no batch
+        there = [x.dim() > 1 for x in found]
+        return tuple(
+            x.unflatten(0, (info.batch_size, -1)) if is_there else x
+            for x, is_there in zip(found, there, strict=True)
+        ), tuple(0 if is_there else None for is_there in there)
+
+    return mapped
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
+_forward.register_vmap(_fold(_forward))
+_backward.register_vmap(_fold(_backward))
+
+
+def _describe(*inputs: Any) -> tuple[Any, list[Tensor | None]]:
+    """The problem without results, checked, for kernels trust it; and its tensors as they read them."""
+    query, key, value, beta, g, initial_state, scale = inputs
+    g = g if g is None or g.dtype in DTYPES else g.to(torch.float32)
+    given = [
+        _side_by_side(query),
+        _side_by_side(key),
+        _side_by_side(value),
+        beta if beta is None or beta.dtype == torch.float32 else beta.to(torch.float32),
+        g if g is None or g.dim() == 3 else _side_by_side(g),
+        initial_state if initial_state is None else initial_state.to(torch.float32).contiguous(),
+    ]
+    specs = tuple([None if x is None else (x.shape, x.dtype) for x in given])
+    problem = library.Linear.from_buffer_copy(_blank(specs, scale))
+    if query.numel() and value.numel():
+        for name, x in zip(("query", "key", "value", "beta", "g"), given, strict=False):
+            if x is not None:
+                _point(problem, name, x)
+        if initial_state is not None:
+            problem.initial_state = given[-1].data_ptr()
+    return problem, given
+
+
+@lru_cache(maxsize=1024)
+def _blank(specs: tuple[Any, ...], scale: float) -> bytes:
+    """A problem without its tensors, whose shapes and dtypes are `specs`."""
+    (query, dtype), (key, key_dtype), (value, value_dtype), beta, g, initial_state = specs
+    (batch, length, heads, dim), dv = query, value[-1]
+    tokens = (batch, length, heads)
+    fits = (
+        key == query and value == (*tokens, dv) and dtype == key_dtype == value_dtype and dtype in DTYPES,
+        beta is None or beta[0] == tokens,
+        g is None or g[0] in (tokens, (*tokens, dim)),
+        initial_state is None or initial_state[0] == (batch, heads, dim, dv),
+    )
+    if not all(fits):
+        raise ValueError(MISFIT)
+    g_dtype, gates = (0, 0) if g is None else (DTYPES[g[1]], 1 if len(g[0]) == 3 else dim)
+    return bytes(library.Linear(DTYPES[dtype], g_dtype, gates, batch, length, heads, dim, dv, scale))
+
+
+def _point(problem: Any, name: str, x: Tensor) -> None:
+    """Fill in a nearfield_tensor: [B, T, H] or [B, T, H, D], with tokens on axis x. ctypes takes longer."""
+    batch, token, head, *_ = x.stride()
+    at = getattr(library.Linear, name).offset
+    PLACE.pack_into(problem, at, x.data_ptr(), batch, 0, 0, token, head)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """`x` if its last dimension is contiguous, otherwise a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(name: str, problem: Any) -> None:
+    kernels = library.kernels()
+    if kernels is None:
+        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
+    error = getattr(kernels, name)(problem, torch.get_num_threads())
+    if error == NO_MEMORY:
+        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
+    if error:
+        raise RuntimeError(
+            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
+        )
