@@ -39,10 +39,12 @@ MEMORY := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanit
 THREAD := -O1 -g -fsanitize=thread
 
 check-native: $(VENV)/.installed $(KERNELS)  ## sanitizers and wide sweeps over the C++ kernels
-	$(MAKE) sweep KIND=plain FLAGS=-O2 CASES=10000 FUZZ=200000
-	$(MAKE) sweep KIND=memory FLAGS="$(MEMORY)" CASES=1000 FUZZ=50000
-	$(MAKE) sweep KIND=thread FLAGS="$(THREAD)" CASES=300 FUZZ=5000
+	$(MAKE) sweep KIND=plain FLAGS=-O2 CASES=10000 FUZZ=200000 MORE=3000
+	$(MAKE) sweep KIND=memory FLAGS="$(MEMORY)" CASES=1000 FUZZ=50000 MORE=200
+	$(MAKE) sweep KIND=thread FLAGS="$(THREAD)" CASES=300 FUZZ=5000 MORE=100
 	$(VENV)/bin/python -m pytest -m native $(ARGS)
+
+FAMILIES := linear lla scan  # each with a sweep of its own in one file
 
 .PHONY: sweep
 sweep:  # of one KIND of build, under build/check
@@ -52,8 +54,12 @@ sweep:  # of one KIND of build, under build/check
 	    sweep.cpp cases.cpp reference.cpp $(CURDIR)/$(CHECK)/$(KIND)/kernels.so
 	cd csrc/check && $(CXX) -std=c++20 $(FLAGS) -pthread -o $(CURDIR)/$(CHECK)/$(KIND)/fuzz \
 	    fuzz.cpp reference.cpp ../validate.cpp $(CURDIR)/$(CHECK)/$(KIND)/kernels.so
+	cd csrc/check && for family in $(FAMILIES); do \
+	    $(CXX) -std=c++20 $(FLAGS) -pthread -o $(CURDIR)/$(CHECK)/$(KIND)/$$family \
+	        $$family.cpp reference.cpp $(CURDIR)/$(CHECK)/$(KIND)/kernels.so; done
 	$(CHECK)/$(KIND)/sweep --cases $(CASES)
 	$(CHECK)/$(KIND)/fuzz --cases $(FUZZ)
+	for family in $(FAMILIES); do $(CHECK)/$(KIND)/$$family --cases $(MORE); done
 
 check-parity: $(PARITY)/.installed $(KERNELS)  ## against NATTEN, timm and official code, in an environment of their own
 	$(PARITY)/bin/python -m pytest tests/parity $(ARGS)

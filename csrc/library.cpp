@@ -116,6 +116,42 @@ int nearfield_decode_forward(const nearfield_decode *problem, int64_t threads) {
     return kernels ? kernels->decode_forward(problem, threads) : NEARFIELD_INVALID;
 }
 
+int nearfield_scan_forward(const nearfield_scan *problem, int64_t threads) {
+    if (int error = validate_scan(problem, threads, false)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->scan_forward(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_scan_backward(const nearfield_scan *problem, int64_t threads) {
+    if (int error = validate_scan(problem, threads, true)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->scan_backward(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_lla_forward(const nearfield_lla *problem, int64_t threads) {
+    if (int error = validate_lla(problem, threads, false)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->lla_forward(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_lla_backward(const nearfield_lla *problem, int64_t threads) {
+    if (int error = validate_lla(problem, threads, true)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->lla_backward(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_linear_forward(const nearfield_linear *problem, int64_t threads) {
+    if (int error = validate_linear(problem, threads, false)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->linear_forward(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_linear_backward(const nearfield_linear *problem, int64_t threads) {
+    if (int error = validate_linear(problem, threads, true)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->linear_backward(problem, threads) : NEARFIELD_INVALID;
+}
+
 const char *nearfield_isas(void) {
     static const std::string names = [] {
         std::string list;

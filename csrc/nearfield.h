@@ -82,6 +82,83 @@ typedef struct {
 
 NEARFIELD_API int nearfield_decode_forward(const nearfield_decode *problem, int64_t threads);
 
+// A selective scan. Semantics: nearfield/ops/scan/reference.py. Tensors have tokens on axis x; B and C groups of
+// channels on the axis of heads, and states as channels. Tables and states are float and contiguous.
+typedef struct {
+    int64_t dtype;                                        // of all tensors with tokens
+    int64_t batch, tokens, channels, groups, state;
+    int64_t sequences;                                    // with cu_seqlens: packed one after the other in a batch of 1
+    int64_t softplus, reverse;                            // step = softplus(dt + dt_bias); from the last token to the first
+    const int64_t *cu_seqlens;                            // [sequences + 1], from 0 to tokens; NULL: each batch row is one
+    nearfield_tensor x, dt, z, B, C;                      // z may be absent
+    const float *A, *D, *dt_bias;                         // [channels, state], [channels]; D and dt_bias may be NULL
+    const float *initial_state;                           // [sequences, channels, state], or NULL: zeros
+    nearfield_tensor out;                                 // forward only: written
+    float *final_state;                                   // forward only: written, or NULL
+    // The states at the starts of chunks, in the kernels' own order: forward writes them if it is not NULL, backward
+    // reads them: for each chunk_rows(state) tokens, and once more for each sequence, the states of whole blocks of 16
+    // channels of each group.
+    float *chunk_states;
+
+    // backward only; gradients are overwritten, all of them
+    nearfield_tensor grad_out;
+    const float *grad_final_state;                        // or NULL
+    nearfield_tensor grad_x, grad_dt, grad_z, grad_B, grad_C;
+    float *grad_A, *grad_D, *grad_dt_bias, *grad_initial_state;  // NULL where the operand is
+} nearfield_scan;
+
+NEARFIELD_API int nearfield_scan_forward(const nearfield_scan *problem, int64_t threads);
+NEARFIELD_API int nearfield_scan_backward(const nearfield_scan *problem, int64_t threads);
+
+// Local linear attention on a line of tokens, by conjugate gradients. Semantics: nearfield/ops/lla/reference.py.
+typedef struct {
+    int64_t dtype, border;                       // NEARFIELD_SHIFT or NEARFIELD_TRUNCATE
+    int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;
+    int64_t kernel_size, is_causal;              // queries are the last tokens; fewer than keys only if causal
+    int64_t max_iterations;
+    double tolerance, scale;                     // a query's solver stops at this residual / right-hand side
+
+    nearfield_tensor query, key, value;          // tokens on axis x
+    nearfield_tensor ridge;                      // float, strides as query without channels
+    const uint8_t *key_mask;                     // [batch, num_keys] contiguous, 0: seen by nobody; or NULL
+
+    nearfield_tensor out;                        // forward: written
+    nearfield_tensor correction;                 // float, strides as query; forward: written; backward: read
+
+    // backward only; overwritten, all of them
+    nearfield_tensor grad_out;                   // read
+    nearfield_tensor grad_query, grad_key, grad_value;
+    nearfield_tensor grad_ridge;                 // float
+} nearfield_lla;
+
+NEARFIELD_API int nearfield_lla_forward(const nearfield_lla *problem, int64_t threads);
+NEARFIELD_API int nearfield_lla_backward(const nearfield_lla *problem, int64_t threads);
+
+// Linear attention: out_t = scale q_t S_t with S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, or, where there is a beta,
+// S_t = S' + beta_t k_t (v_t - S'^T k_t)^T with S' = diag(exp(g_t)) S_{t-1}: the delta rule.
+typedef struct {
+    int64_t dtype, g_dtype;
+    int64_t gates;  // numbers that g has for a head and a position: 0 (no decay), 1 or head_dim
+    int64_t batch, length, heads, head_dim, value_dim;
+    double scale;
+    nearfield_tensor query, key, value, out;  // tokens on axis x
+    nearfield_tensor g;                       // logarithms of decays, at most 0
+    nearfield_tensor beta;                    // float, without channels; or absent
+    const float *initial_state;               // as all states [batch, heads, head_dim, value_dim] contiguous; or NULL
+    float *final_state;
+
+    // backward only, which reads neither out nor final_state
+    nearfield_tensor grad_out;
+    const float *grad_final_state;            // or NULL
+    nearfield_tensor grad_query, grad_key, grad_value;
+    nearfield_tensor grad_g;                  // dtype of g; absent: not wanted
+    nearfield_tensor grad_beta;               // float
+    float *grad_initial_state;                // or NULL: not wanted
+} nearfield_linear;
+
+NEARFIELD_API int nearfield_linear_forward(const nearfield_linear *problem, int64_t threads);
+NEARFIELD_API int nearfield_linear_backward(const nearfield_linear *problem, int64_t threads);
+
 // Instruction sets, best first, as a list "avx512bf16 avx512 avx2 baseline" of those that this machine executes.
 NEARFIELD_API const char *nearfield_isas(void);
 // The one in use, or NULL before the first choice; `nearfield_use` returns NEARFIELD_INVALID for another name.

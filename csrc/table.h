@@ -7,7 +7,13 @@
 #define NEARFIELD_ENTRIES(ENTRY)                                                                    \
     ENTRY(attention_forward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
     ENTRY(attention_backward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
-    ENTRY(decode_forward, (const nearfield_decode *problem, int64_t threads))
+    ENTRY(decode_forward, (const nearfield_decode *problem, int64_t threads))                       \
+    ENTRY(scan_forward, (const nearfield_scan *problem, int64_t threads))                           \
+    ENTRY(scan_backward, (const nearfield_scan *problem, int64_t threads))                          \
+    ENTRY(lla_forward, (const nearfield_lla *problem, int64_t threads))                             \
+    ENTRY(lla_backward, (const nearfield_lla *problem, int64_t threads))                            \
+    ENTRY(linear_forward, (const nearfield_linear *problem, int64_t threads))                       \
+    ENTRY(linear_backward, (const nearfield_linear *problem, int64_t threads))
 
 namespace nearfield {
 

@@ -14,6 +14,7 @@ constexpr int64_t LARGEST = int64_t(1) << 40;
 // Kernels count the tokens of an axis, and the biases of the heads that share a key, in 32 bits.
 constexpr int64_t LONGEST = std::numeric_limits<int32_t>::max();
 constexpr int64_t LARGEST_DIM = 1024;  // channels of a head: kernels keep whole rows in scratch
+constexpr int64_t LARGEST_STATE = 256;  // of a channel in a scan, for the same reason
 constexpr int64_t TOP = std::numeric_limits<int64_t>::max();
 
 // a * b for a, b >= 0, or false if it does not fit.
@@ -160,6 +161,113 @@ bool decode_is_valid(const nearfield_decode &p) {
            operand(p.addend, 4, {p.batch, p.heads, p.num_queries}, p.addend_stride, p.num_keys, OPTIONAL);
 }
 
+bool scan_is_valid(const nearfield_scan &p, bool backward) {
+    if (!between(NEARFIELD_F32, p.dtype, NEARFIELD_F16) || !between(0, p.softplus, 1) || !between(0, p.reverse, 1))
+        return false;
+    if (!between(0, p.batch, LARGEST) || !between(0, p.tokens, LARGEST) || !between(1, p.channels, LARGEST)) return false;
+    if (!between(1, p.groups, p.channels) || p.channels % p.groups || !between(1, p.state, LARGEST_STATE)) return false;
+    int64_t sequences = p.batch;
+    if (p.cu_seqlens) {
+        sequences = p.sequences;
+        if (p.batch != 1 || !between(0, sequences, LARGEST) || !array(p.cu_seqlens, 8, {sequences + 1})) return false;
+        if (p.cu_seqlens[0] != 0 || p.cu_seqlens[sequences] != p.tokens) return false;
+        for (int64_t i = 0; i < sequences; i++)
+            if (p.cu_seqlens[i] > p.cu_seqlens[i + 1]) return false;
+    }
+    // Whatever kernels keep for a token or a sequence, and for a channel and a state, can be counted: lanes may be
+    // sixteen times the channels.
+    int64_t tokens;
+    if (!multiply(p.batch, p.tokens, &tokens) || tokens > LARGEST * LARGEST_STATE) return false;
+    if (!product_fits({tokens + sequences, p.channels, p.state + 2, 16, 16})) return false;
+
+    const int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2;
+    const int64_t rows[] = {p.batch, 1, 1, p.tokens, 1}, grouped[] = {p.batch, 1, 1, p.tokens, p.groups};
+    const bool has_tokens = tokens > 0;
+    if (!tensor(p.x, element, rows, p.channels, READ) || !tensor(p.dt, element, rows, p.channels, READ) ||
+        !tensor(p.z, element, rows, p.channels, OPTIONAL) || !tensor(p.B, element, grouped, p.state, READ) ||
+        !tensor(p.C, element, grouped, p.state, READ))
+        return false;
+    if (!p.A || !array(p.A, 4, {p.channels, p.state}) || !array(p.D, 4, {p.channels}) ||
+        !array(p.dt_bias, 4, {p.channels}) || !array(p.initial_state, 4, {sequences, p.channels, p.state}) ||
+        !array(p.chunk_states, 4, {1}))
+        return false;
+    if (!backward)
+        return tensor(p.out, element, rows, p.channels, WRITTEN) &&
+               array(p.final_state, 4, {sequences, p.channels, p.state});
+
+    if (has_tokens && !p.chunk_states) return false;
+    if (!p.grad_A || !p.grad_D != !p.D || !p.grad_dt_bias != !p.dt_bias) return false;
+    if (!p.grad_initial_state != !p.initial_state) return false;
+    return tensor(p.grad_out, element, rows, p.channels, READ) &&
+           array(p.grad_final_state, 4, {sequences, p.channels, p.state}) &&
+           tensor(p.grad_x, element, rows, p.channels, WRITTEN) &&
+           tensor(p.grad_dt, element, rows, p.channels, WRITTEN) &&
+           (!p.z.data || tensor(p.grad_z, element, rows, p.channels, WRITTEN)) &&
+           tensor(p.grad_B, element, grouped, p.state, WRITTEN) &&
+           tensor(p.grad_C, element, grouped, p.state, WRITTEN) && array(p.grad_A, 4, {p.channels, p.state}) &&
+           array(p.grad_D, 4, {p.channels}) && array(p.grad_dt_bias, 4, {p.channels}) &&
+           array(p.grad_initial_state, 4, {sequences, p.channels, p.state});
+}
+
+bool lla_is_valid(const nearfield_lla &p, bool backward) {
+    if (!between(NEARFIELD_F32, p.dtype, NEARFIELD_F16) || !between(NEARFIELD_SHIFT, p.border, NEARFIELD_TRUNCATE))
+        return false;
+    if (!between(0, p.batch, LARGEST) || !between(0, p.num_keys, LONGEST) || !between(0, p.num_queries, p.num_keys))
+        return false;
+    if (!heads_and_dims(p.heads, p.kv_heads, p.head_dim, p.value_dim, p.scale)) return false;
+    if (!between(1, p.kernel_size, LARGEST) || !between(0, p.is_causal, 1)) return false;
+    if (!p.is_causal && (p.num_queries != p.num_keys || (p.border == NEARFIELD_SHIFT && p.kernel_size > p.num_keys)))
+        return false;
+    if (!between(0, p.max_iterations, LARGEST) || !(p.tolerance >= 0) || !(p.tolerance <= 1)) return false;
+    // The sums of up to 32 parts of a backward count rows up to whole vectors and one row more.
+    int64_t dims = p.head_dim + p.value_dim;
+    if (!product_fits({p.batch, p.num_keys + 1, p.heads, dims + 32, 4 * 32})) return false;
+
+    const int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2;
+    const int64_t queries[] = {p.batch, 1, 1, p.num_queries, p.heads};
+    const int64_t keys[] = {p.batch, 1, 1, p.num_keys, p.kv_heads};
+    if (!tensor(p.query, element, queries, p.head_dim, READ) || !tensor(p.key, element, keys, p.head_dim, READ) ||
+        !tensor(p.value, element, keys, p.value_dim, READ) || !tensor(p.ridge, 4, queries, 1, READ) ||
+        !tensor(p.correction, 4, queries, p.head_dim, backward ? READ : WRITTEN) ||
+        !array(p.key_mask, 1, {p.batch, p.num_keys}))
+        return false;
+    if (!backward) return tensor(p.out, element, queries, p.value_dim, WRITTEN);
+    return tensor(p.grad_out, element, queries, p.value_dim, READ) &&
+           tensor(p.grad_query, element, queries, p.head_dim, WRITTEN) &&
+           tensor(p.grad_key, element, keys, p.head_dim, WRITTEN) &&
+           tensor(p.grad_value, element, keys, p.value_dim, WRITTEN) && tensor(p.grad_ridge, 4, queries, 1, WRITTEN);
+}
+
+bool linear_is_valid(const nearfield_linear &p, bool backward) {
+    if (!between(NEARFIELD_F32, p.dtype, NEARFIELD_F16) || !between(NEARFIELD_F32, p.g_dtype, NEARFIELD_F16)) return false;
+    if (!between(0, p.batch, LARGEST) || !between(0, p.length, LARGEST)) return false;
+    if (!heads_and_dims(p.heads, p.heads, p.head_dim, p.value_dim, p.scale)) return false;
+    if (p.gates != 0 && p.gates != 1 && p.gates != p.head_dim) return false;
+    // Channels are padded, by 15 at most; a backward keeps the states of every 64th position.
+    int64_t head = p.head_dim + 15, value = p.value_dim + 15;
+    if (!product_fits({p.batch, p.length, p.heads, head + value, 16}) ||
+        !product_fits({p.batch, p.heads, head, value, 16}) || !product_fits({p.length / 64 + 1, head, value, 16}))
+        return false;
+    const int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2, g_element = p.g_dtype == NEARFIELD_F32 ? 4 : 2;
+    const int64_t tokens[] = {p.batch, 1, 1, p.length, p.heads};
+    if (!tensor(p.query, element, tokens, p.head_dim, READ) || !tensor(p.key, element, tokens, p.head_dim, READ) ||
+        !tensor(p.value, element, tokens, p.value_dim, READ) || !tensor(p.g, g_element, tokens, p.gates, READ) ||
+        !tensor(p.beta, 4, tokens, 1, OPTIONAL) ||
+        !array(p.initial_state, 4, {p.batch, p.heads, p.head_dim, p.value_dim}))
+        return false;
+    if (!backward)
+        return (p.final_state || !p.batch) && array(p.final_state, 4, {p.batch, p.heads, p.head_dim, p.value_dim}) &&
+               tensor(p.out, element, tokens, p.value_dim, WRITTEN);
+    return array(p.grad_final_state, 4, {p.batch, p.heads, p.head_dim, p.value_dim}) &&
+           array(p.grad_initial_state, 4, {p.batch, p.heads, p.head_dim, p.value_dim}) &&
+           tensor(p.grad_out, element, tokens, p.value_dim, READ) &&
+           tensor(p.grad_query, element, tokens, p.head_dim, WRITTEN) &&
+           tensor(p.grad_key, element, tokens, p.head_dim, WRITTEN) &&
+           tensor(p.grad_value, element, tokens, p.value_dim, WRITTEN) &&
+           (!p.grad_g.data || tensor(p.grad_g, g_element, tokens, p.gates, WRITTEN)) &&
+           (!p.beta.data || tensor(p.grad_beta, 4, tokens, 1, WRITTEN));
+}
+
 }  // namespace
 
 int validate_attention(const nearfield_attention *problems, int64_t count, int64_t threads, bool backward) {
@@ -175,6 +283,21 @@ int validate_attention(const nearfield_attention *problems, int64_t count, int64
 int validate_decode(const nearfield_decode *problem, int64_t threads) {
     if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_decode))) return NEARFIELD_INVALID;
     return decode_is_valid(*problem) ? NEARFIELD_OK : NEARFIELD_INVALID;
+}
+
+int validate_scan(const nearfield_scan *problem, int64_t threads, bool backward) {
+    if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_scan))) return NEARFIELD_INVALID;
+    return scan_is_valid(*problem, backward) ? NEARFIELD_OK : NEARFIELD_INVALID;
+}
+
+int validate_lla(const nearfield_lla *problem, int64_t threads, bool backward) {
+    if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_lla))) return NEARFIELD_INVALID;
+    return lla_is_valid(*problem, backward) ? NEARFIELD_OK : NEARFIELD_INVALID;
+}
+
+int validate_linear(const nearfield_linear *problem, int64_t threads, bool backward) {
+    if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_linear))) return NEARFIELD_INVALID;
+    return linear_is_valid(*problem, backward) ? NEARFIELD_OK : NEARFIELD_INVALID;
 }
 
 }  // namespace nearfield

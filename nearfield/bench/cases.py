@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 DTYPES = ("float32", "bfloat16", "float16")
-C = TypeVar("C", bound=Any)  # a case of any table
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def find(id: str, table: Sequence[C] = CASES) -> C:
+def find(id: str, table: Sequence[Any] = CASES) -> Any:
     """The case of that id, or `ValueError` with the nearest ones."""
     for case in table:
         if case.id == id:
@@ -97,6 +96,6 @@ def find(id: str, table: Sequence[C] = CASES) -> C:
     raise ValueError(f"No bench case is called {id!r}. Did you mean {near}?")
 
 
-def for_device(device: str, table: Sequence[C] = CASES) -> tuple[C, ...]:
+def for_device(device: str, table: Sequence[Any] = CASES) -> tuple[Any, ...]:
     """The table's cases for a device: the small ones everywhere, the large ones on "cuda" only."""
     return tuple(case for case in table if not case.is_hidden and case.device in ("cpu", device))

@@ -43,10 +43,10 @@ def run_op(
         raise ValueError(f"device={device!r} cannot be benched. Choose cpu or cuda.")
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
-    if op == "neighborhood":
-        table, names, row = CASES, [rival.name for rival in RIVALS], _row
-    else:
-        table = tuple(case for case in sequences.CASES if case.op == op)
+    table: Sequence[Any] = CASES
+    names, row = [rival.name for rival in RIVALS], _row
+    if op != "neighborhood":
+        table = [case for case in sequences.CASES if case.op == op]
         names, row = sequences.RIVALS, sequence_row
     wanted = names if rivals is True else rivals or ()
     _require_known("rival", wanted, names)
@@ -80,7 +80,7 @@ def run_op(
 
 
 def _row(
-    case: Case,
+    case: Any,
     dtype: str,
     direction: Direction,
     *,

@@ -18,7 +18,7 @@ ORDER = ("native", "triton", "tiled", "reference")  # in which "auto" asks
 
 
 def sequence_row(
-    case: sequences.Sequence,
+    case: Any,
     dtype: str,
     direction: Direction,
     *,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nearfield.bench.cases import Direction
 from nearfield.bench.rivals import Unfit
 from nearfield.core.errors import MissingPackage, require
-from nearfield.ops.linear import delta_rule, gated_linear_attention, linear_attention
+from nearfield.ops.linear import LinearResult, delta_rule, gated_linear_attention, linear_attention
 from nearfield.ops.lla import Solver, local_linear_attention
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 from nearfield.ops.scan import selective_scan, ssd
@@ -26,6 +26,7 @@ SLOWEST = 500  # GFLOP of a rival's call
 ANOTHER = ("attention", "sdpa")  # compute something else, at the same shape
 
 Call = Callable[..., Tensor]
+Rivals = Mapping[str, Callable[[], Call]]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Problem:
 
     tensors: list[Tensor]
     call: Call
-    rivals: Mapping[str, Callable[[], Call]]
+    rivals: Rivals
 
 
 def problem(case: Sequence, dtype: str, device: str, backend: str) -> Problem:
@@ -124,16 +125,15 @@ def _heads(case: Sequence, normal: Callable[..., Tensor], backend: str) -> Probl
     q, k, v = (normal(case.num_heads, case.head_dim) for _ in range(3))
     if case.op == "lla":
         solver = Solver(method="cg", max_iterations=STEPS, tolerance=0.0)
-        options = {"ridge": 1.0, "solver": solver}
-        attend = partial(local_linear_attention, geometry=case.pattern, **options)
-        rivals = {
+        attend = partial(local_linear_attention, geometry=case.pattern, ridge=1.0, solver=solver)
+        rivals: Rivals = {
             "tiled": lambda: partial(attend, backend="tiled"),
-            "attention": lambda: partial(neighborhood_attention, geometry=case.pattern),
+            "attention": lambda: lambda q, k, v: neighborhood_attention(q, k, v, case.pattern),
             "sdpa": partial(_full, case),
         }
         return Problem([q, k, v], partial(attend, backend=backend), rivals)
     tensors = [q, k, v]
-    operator: Call = linear_attention
+    operator: Callable[..., LinearResult] = linear_attention
     if case.kind in ("scalar", "channel"):
         gates = normal(case.num_heads) if case.kind == "scalar" else normal(case.num_heads, case.head_dim)
         tensors.append(F.logsigmoid(gates.float()) / 16)
@@ -165,7 +165,7 @@ def _selective(case: Sequence, normal: Callable[..., Tensor], backend: str) -> P
     def run(*given: Tensor, backend: str) -> Tensor:
         return selective_scan(*given, dt_softplus=True, backend=backend).output
 
-    rivals = {
+    rivals: Rivals = {
         "tiled": lambda: partial(run, backend="tiled"),
         "loop": lambda: _loop,
         "mamba-ssm": _mamba,
@@ -195,8 +195,8 @@ def _full(case: Sequence) -> Call:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention over all tokens: what the linear family replaces."""
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def _loop(x: Tensor, dt: Tensor, rates: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -72,10 +72,64 @@ class Decode(ctypes.Structure):
     ]
 
 
+class Scan(ctypes.Structure):
+    """A selective scan."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("dtype", "batch", "tokens", "channels", "groups", "state")],
+        *[(name, c_int64) for name in ("sequences", "dt_softplus", "reverse")],
+        ("cu_seqlens", c_void_p),
+        *[(name, Tensor) for name in ("x", "dt", "z", "B", "C")],
+        *[(name, c_void_p) for name in ("A", "D", "dt_bias", "initial_state")],
+        ("out", Tensor),
+        *[(name, c_void_p) for name in ("final_state", "chunk_states")],
+        *[("grad_out", Tensor), ("grad_final_state", c_void_p)],
+        *[(f"grad_{name}", Tensor) for name in ("x", "dt", "z", "B", "C")],
+        *[(f"grad_{name}", c_void_p) for name in ("A", "D", "dt_bias", "initial_state")],
+    ]
+
+
+class LocalLinear(ctypes.Structure):
+    """Local linear attention on a line of tokens."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("dtype", "border", "batch", "num_queries", "num_keys")],
+        *[(name, c_int64) for name in ("heads", "kv_heads", "head_dim", "value_dim")],
+        *[(name, c_int64) for name in ("kernel_size", "is_causal", "max_iterations")],
+        *[(name, c_double) for name in ("tolerance", "scale")],
+        *[(name, Tensor) for name in ("query", "key", "value", "ridge")],
+        ("key_mask", c_void_p),
+        *[(name, Tensor) for name in ("out", "correction", "grad_out")],
+        *[(name, Tensor) for name in ("grad_query", "grad_key", "grad_value", "grad_ridge")],
+    ]
+
+
+class Linear(ctypes.Structure):
+    """Linear attention with decays, or the delta rule."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("dtype", "g_dtype", "gates")],
+        *[(name, c_int64) for name in ("batch", "length", "heads", "head_dim", "value_dim")],
+        ("scale", c_double),
+        *[(name, Tensor) for name in ("query", "key", "value", "out", "g", "beta")],
+        *[(name, c_void_p) for name in ("initial_state", "final_state")],
+        ("grad_out", Tensor),
+        ("grad_final_state", c_void_p),
+        *[(name, Tensor) for name in ("grad_query", "grad_key", "grad_value", "grad_g", "grad_beta")],
+        ("grad_initial_state", c_void_p),
+    ]
+
+
 FUNCTIONS = {  # name: result, arguments
     "nearfield_attention_forward": (c_int, POINTER(Attention), c_int64, c_int64),
     "nearfield_attention_backward": (c_int, POINTER(Attention), c_int64, c_int64),
     "nearfield_decode_forward": (c_int, POINTER(Decode), c_int64),
+    "nearfield_scan_forward": (c_int, POINTER(Scan), c_int64),
+    "nearfield_scan_backward": (c_int, POINTER(Scan), c_int64),
+    "nearfield_lla_forward": (c_int, POINTER(LocalLinear), c_int64),
+    "nearfield_lla_backward": (c_int, POINTER(LocalLinear), c_int64),
+    "nearfield_linear_forward": (c_int, POINTER(Linear), c_int64),
+    "nearfield_linear_backward": (c_int, POINTER(Linear), c_int64),
     "nearfield_isas": (c_char_p,),
     "nearfield_isa": (c_char_p,),
     "nearfield_use": (c_int, c_char_p),

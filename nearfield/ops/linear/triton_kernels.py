@@ -5,9 +5,6 @@ contiguous and in float32: states [B, H, N + 1, K, V] before and after N chunks,
 KIND is 0 without decay, 1 with one a head, 2 with one a channel. No factor is above 1; `decay.py` says how.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="import-untyped,import-not-found"
-# Triton gives the arguments their types when it compiles a kernel.
-
 from __future__ import annotations
 
 from collections.abc import Callable

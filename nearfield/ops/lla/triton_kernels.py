@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """The kernels: a forward that keeps one tile of queries on the chip from statistics to output, two backwards.
 
 The equations are those of tiled.py. Rows are queries, columns keys; nothing is added atomically. Columns come

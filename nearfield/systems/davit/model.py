@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -90,7 +91,7 @@ def davit(
     rates = drop_path_rates(drop_path, tuple(len(attentions) * depth for depth in depths))
     stages = []
     for number, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
-        make = {
+        make: dict[str, Callable[[], nn.Module]] = {
             "window": partial(WindowAttention, dim, heads, window_size),
             "channel": partial(ChannelAttention, dim, heads, scale_by_tokens=scale_by_tokens),
         }

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nearfield.hosts.checkpoints import State, rename
 
-OFFICIAL = (
+Rules = tuple[tuple[str, str], ...]
+
+OFFICIAL: Rules = (
     (r"^patch_embeds\.0\.", "stem."),
     (r"^patch_embeds\.(\d)\.norm\.", r"stages.\1.downsample.norm_before."),
     (r"^patch_embeds\.(\d)\.", r"stages.\1.downsample."),
@@ -17,14 +19,14 @@ OFFICIAL = (
     (r"\.cpe\.1\.proj\.", ".cpe2.proj."),
     (r"^norms\.", "norm."),
 )
-TIMM = (
+TIMM: Rules = (
     (r"^stem\.conv\.", "stem.proj."),
     (r"\.downsample\.conv\.", ".downsample.proj."),
     (r"\.downsample\.norm\.", ".downsample.norm_before."),
     (r"^head\.norm\.", "norm."),
     (r"^head\.fc\.", "head."),
 )
-FLORENCE = (
+FLORENCE: Rules = (
     (r"^vision_tower\.", ""),
     (r"^convs\.0\.norm\.", "stem.norm."),
     (r"^convs\.0\.", "stem."),
@@ -47,7 +49,7 @@ UNIT = re.compile(r"^(?:main_blocks|blocks|stages)\.(\d+)\.(?:blocks\.)?(\d+)\.(
 def convert(state: Mapping[str, Tensor]) -> State:
     """The official, timm's, or a Florence-2 tower's tensors under our names."""
     if any(name.startswith(("convs.", "vision_tower.")) for name in state):
-        rules = FLORENCE
+        rules: Rules = FLORENCE
     elif any(name.startswith("main_blocks.") for name in state):
         rules = OFFICIAL
     else:

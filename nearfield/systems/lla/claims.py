@@ -63,21 +63,16 @@ def boundary_bias(*, full: bool = False) -> Result:
         keys = torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(2)  # [B, T, 1, 2]
         query = keys.new_tensor([1.0, 0.0]).expand(draws, 1, 1, 2)  # angle 0, where the function is 0
         values = values[..., None, None]
-        past = Neighborhood(size, is_causal=True)
-        for name, estimate in {
-            "softmax": partial(neighborhood_attention, query, keys, values, past, backend="reference"),
-            "LLA": partial(
-                local_linear_attention,
-                query,
-                keys,
-                values,
-                past,
-                ridge=1e-9,
-                solver=EXACT,
-                backend="reference",
-            ),
-        }.items():
-            errors[name].append(min(float(estimate(scale=h).square().mean()) for h in bandwidths))
+        found: dict[str, list[Tensor]] = {name: [] for name in errors}
+        given = (query, keys, values, Neighborhood(size, is_causal=True))
+        for bandwidth in bandwidths:
+            found["softmax"].append(neighborhood_attention(*given, scale=bandwidth))
+            line = local_linear_attention(
+                *given, ridge=1e-9, solver=EXACT, scale=bandwidth, backend="reference"
+            )
+            found["LLA"].append(line)
+        for name, estimates in found.items():
+            errors[name].append(min(float(estimate.square().mean()) for estimate in estimates))
     slopes = {name: _slope(sizes, e) for name, e in errors.items()}
     words = ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
     return Result(

@@ -25,7 +25,7 @@ def regress(made: sequences.Regression, bandwidth: float, ridge: float) -> Tenso
 
 def average(made: sequences.Regression, bandwidth: float) -> Tensor:
     """The same by softmax attention."""
-    return _predict(made, partial(neighborhood_attention, scale=bandwidth))
+    return _predict(made, lambda q, k, v, past: neighborhood_attention(q, k, v, past, scale=bandwidth))
 
 
 def _predict(made: sequences.Regression, attend: Callable[..., Tensor]) -> Float[Tensor, "b t dim"]:
