@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nearfield.core.errors import BackendUnavailable
+from nearfield.ops import kernels
 from nearfield.ops.linear import (
     LinearResult,
     decay,
@@ -22,7 +23,6 @@ from nearfield.ops.linear import (
     gated_linear_attention,
     inline_attention,
     linear_attention,
-    native,
     reference,
     tiled,
 )
@@ -30,7 +30,7 @@ from nearfield.testing import assert_close, poisoned_empty, qkv, relative_error
 
 KINDS = ("plain", "head", "channel", "delta", "gated delta")
 FORMS = ("parallel", "chunk", "recurrent")
-FAST = ("tiled", "native") if native.missing() is None else ("tiled",)
+FAST = ("tiled", "native") if kernels.missing() is None else ("tiled",)
 # what a sequence is continued with, in all functions
 FUNCTIONS: dict[str, Callable[..., LinearResult]] = {
     "plain": lambda q, k, v, g, beta, **o: linear_attention(q, k, v, **o),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nearfield.core import library
 from nearfield.core.errors import BackendUnavailable
+from nearfield.ops import kernels
 from nearfield.ops.linear import delta_rule, gated_linear_attention, native, reference
 from nearfield.testing import assert_close, poisoned_empty, qkv
 
@@ -350,13 +351,13 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert "not in torch.float64" in native.unfit(query.double(), value, 1.0)
-    assert "1 to 1024 channels, given 20" in native.unfit(
+    assert "not in torch.float64" in kernels.unfit(query.double(), value, 1.0)
+    assert "1 to 1024 channels, given 20" in kernels.unfit(
         query, value.expand(-1, -1, -1, 37).new_empty(1, 1, 1, 1025), 1.0
     )
-    assert "'meta'" in native.unfit(query.to("meta"), value, 1.0)
-    assert "scale that float32 can hold" in native.unfit(query, value, 1e39)
-    assert native.unfit(query, value, 1.0) is None
+    assert "'meta'" in kernels.unfit(query.to("meta"), value, 1.0)
+    assert "scale that float32 can hold" in kernels.unfit(query, value, 1e39)
+    assert kernels.unfit(query, value, 1.0) is None
     output, _ = native.gated(query.requires_grad_(), key, value, None, None, 1.0)
     (grad,) = torch.autograd.grad(output.sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match='no second derivatives. Call with backend="reference"'):
@@ -379,7 +380,7 @@ def test_without_kernels_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         gated_linear_attention(
             inputs["query"], inputs["key"], inputs["value"], torch.zeros(2, 3, 2), backend="native"
         )
-    monkeypatch.setattr(library, "kernels", lambda: Kernels(native.NO_MEMORY))
+    monkeypatch.setattr(library, "kernels", lambda: Kernels(kernels.NO_MEMORY))
     with pytest.raises(torch.OutOfMemoryError, match="Give a smaller batch"):
         run(inputs)
     monkeypatch.setattr(library, "kernels", lambda: Kernels(1))

@@ -16,6 +16,7 @@ from torch import Tensor
 from nearfield.core import library
 from nearfield.core.errors import BackendUnavailable
 from nearfield.core.tolerance import tolerance
+from nearfield.ops import kernels
 from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import (
     Neighborhood,
@@ -446,8 +447,8 @@ def test_a_kernel_that_does_something_else_is_caught(
 @compiled
 @pytest.mark.parametrize("idle", ["nearfield_attention_forward", "nearfield_attention_backward"])
 def test_a_kernel_that_does_nothing_is_caught(idle: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = native._run
-    monkeypatch.setattr(native, "_run", lambda name, *rest: None if name == idle else right(name, *rest))
+    right = native.call
+    monkeypatch.setattr(native, "call", lambda name, *rest: None if name == idle else right(name, *rest))
     with poisoned_empty(), pytest.raises(AssertionError, match="relative rms error"):
         check_backend(AWKWARD["2-D 13 x 21"], "native")
 
@@ -455,7 +456,7 @@ def test_a_kernel_that_does_nothing_is_caught(idle: str, monkeypatch: pytest.Mon
 @compiled
 @pytest.mark.parametrize(
     ("code", "error", "says"),
-    [(native.NO_MEMORY, torch.OutOfMemoryError, "smaller batch"), (1, RuntimeError, "bug in nearfield")],
+    [(kernels.NO_MEMORY, torch.OutOfMemoryError, "smaller batch"), (1, RuntimeError, "bug in nearfield")],
 )
 def test_what_the_library_refuses_is_raised(
     code: int, error: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
@@ -474,7 +475,7 @@ def test_what_the_library_refuses_is_raised(
 def test_a_real_refusal_of_the_library_is_raised() -> None:
     problem = library.Attention()
     with pytest.raises(RuntimeError, match="nearfield_attention_forward refused"):
-        native._run("nearfield_attention_forward", problem, 1)
+        kernels.call("nearfield_attention_forward", problem, 1)
 
 
 @compiled

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
+from nearfield.ops import kernels
 from nearfield.ops.checks import no_transform
 from nearfield.ops.linear import native, reference, tiled, triton
 
@@ -42,7 +43,7 @@ def attend(
 
     def ask_native() -> Verdict:
         cannot = no_transform() or _unlike(is_causal, form, "the CPU kernels", ("chunk", "recurrent"))
-        return Verdict(cannot or native.unfit(query, value, scale) or native.missing())
+        return Verdict(cannot or kernels.unfit(query, value, scale) or kernels.missing())
 
     def ask_triton() -> Verdict:
         cannot = no_transform() or _unlike(is_causal, form, "the GPU kernels", ("chunk",))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.core.errors import BackendUnavailable
+from nearfield.ops.kernels import DTYPES, call, side_by_side
 
 NAME = "nearfield::native_linear"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? beta, Tensor? g, Tensor? initial_state, float scale"
@@ -29,38 +29,9 @@ NUM_TENSORS = 6  # among INPUTS
 
 RESULTS = ("grad_out", "grad_query", "grad_key", "grad_value", "grad_beta", "grad_g")
 PLACE = Struct("6q")  # nearfield_tensor
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of csrc/nearfield.h
-NO_MEMORY = 2
-WIDEST = 1024  # channels
-LARGEST_SCALE = torch.finfo(torch.float32).max
 MISFIT = (
     "The tensors do not fit one another. Call the functions of nearfield.ops.linear, which say what is wrong."
 )
-
-
-def missing() -> str | None:
-    """Why there are no kernels here, or None."""
-    return library.unavailable()
-
-
-# To a trace the library is a constant. torch.compiler.assume_constant_result says so, but imports Dynamo.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def unfit(query: Tensor, value: Tensor, scale: float) -> str | None:
-    """Why the kernels could not run this even if they were here, or None."""
-    if query.device.type != "cpu":
-        return f"the CPU kernels cannot read tensors on {query.device.type!r}."
-    if query.dtype not in DTYPES:
-        return f"the CPU kernels compute in float32, bfloat16 and float16, not in {query.dtype}."
-    if not 1 <= query.shape[-1] <= WIDEST or not 1 <= value.shape[-1] <= WIDEST:
-        return (
-            f"the CPU kernels take 1 to {WIDEST} channels, given {query.shape[-1]} of queries and keys, "
-            f"{value.shape[-1]} of values."
-        )
-    if not abs(scale) <= LARGEST_SCALE:
-        return f"the CPU kernels need a scale that float32 can hold, given {scale}."
-    return None
 
 
 def gated(
@@ -103,7 +74,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return out, final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
     _point(problem, "out", out)
     problem.final_state = final_state.data_ptr()
-    _run("nearfield_linear_forward", problem)
+    call("nearfield_linear_forward", problem)
     return out, final_state
 
 
@@ -129,7 +100,7 @@ def _backward(
     if initial_state is not None:
         grad_state = state if want_initial_state else state.new_empty(0)
     if out.numel():
-        grad = _side_by_side(grad)
+        grad = side_by_side(grad)
         for name, x in zip(RESULTS, (grad, *grads, grad_beta, grad_g), strict=True):
             if x.numel():
                 _point(problem, name, x)
@@ -137,7 +108,7 @@ def _backward(
             problem.grad_final_state = grad_final_state.data_ptr()
         if grad_state.numel():
             problem.grad_initial_state = grad_state.data_ptr()
-        _run("nearfield_linear_backward", problem)
+        call("nearfield_linear_backward", problem)
     else:
         for x in (*grads, grad_beta, grad_g):
             x.zero_()
@@ -226,11 +197,11 @@ def _describe(*inputs: Any) -> tuple[Any, list[Tensor | None]]:
     query, key, value, beta, g, initial_state, scale = inputs
     g = g if g is None or g.dtype in DTYPES else g.to(torch.float32)
     given = [
-        _side_by_side(query),
-        _side_by_side(key),
-        _side_by_side(value),
+        side_by_side(query),
+        side_by_side(key),
+        side_by_side(value),
         beta if beta is None or beta.dtype == torch.float32 else beta.to(torch.float32),
-        g if g is None or g.dim() == 3 else _side_by_side(g),
+        g if g is None or g.dim() == 3 else side_by_side(g),
         initial_state if initial_state is None else initial_state.to(torch.float32).contiguous(),
     ]
     specs = tuple([None if x is None else (x.shape, x.dtype) for x in given])
@@ -267,21 +238,3 @@ def _point(problem: Any, name: str, x: Tensor) -> None:
     batch, token, head, *_ = x.stride()
     at = getattr(library.Linear, name).offset
     PLACE.pack_into(problem, at, x.data_ptr(), batch, 0, 0, token, head)
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x` if its last dimension is contiguous, otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _run(name: str, problem: Any) -> None:
-    kernels = library.kernels()
-    if kernels is None:
-        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
-    error = getattr(kernels, name)(problem, torch.get_num_threads())
-    if error == NO_MEMORY:
-        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
-    if error:
-        raise RuntimeError(
-            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
-        )

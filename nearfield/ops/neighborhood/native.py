@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.core.errors import BackendUnavailable
+from nearfield.ops.kernels import DTYPES, call, missing, side_by_side, unfit, warn
 from nearfield.ops.neighborhood import operator
 from nearfield.ops.neighborhood.geometry import Border, Bound, Neighborhood
 from nearfield.ops.neighborhood.operator import BIAS, KEY_MASK, NUM_TENSORS, SINK_LOGITS
@@ -29,16 +29,12 @@ DECODE = (
     "(Tensor, Tensor)"
 )
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of csrc/nearfield.h
 BORDERS = {"shift": 0, "truncate": 1, "pad": 2}
-NO_MEMORY = 2
 INPUTS = ("query", "key", "value", "additional_key", "additional_value")
 GRADIENTS = tuple(f"grad_{name}" for name in INPUTS)
 ROWS = ("lse", "grad_lse")  # fields of tensors without channels
 ABSENT = (1, 1, 1, 1, 0)  # size, kernel_size, stride, dilation and is_causal of an axis that a grid lacks
 
-WIDEST = 1024  # channels
-LARGEST_SCALE = torch.finfo(torch.float32).max
 MISFIT = (
     "The tensors do not fit one another. "
     "Call the functions of nearfield.ops.neighborhood, which say what is wrong."
@@ -49,45 +45,15 @@ Results = Mapping[str, Tensor | None]  # what a call writes, and in a backward w
 Problems = tuple[Any, int]  # structures as ctypes has them, and how many
 
 
-def missing() -> str | None:
-    """Why there are no kernels here, or None."""
-    return library.unavailable()
-
-
-def _warn() -> None:
-    library.warn_once()
-
-
-# To a trace the library is a constant. torch.compiler.assume_constant_result says so, but imports Dynamo.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def supports(query: Tensor, key: Tensor, value: Tensor, bound: Bound, **options: Any) -> str | None:
     """Why the kernels cannot run this, or None."""
     return unfit(query, value, options["scale"]) or missing()
 
 
-def unfit(query: Tensor, value: Tensor, scale: float) -> str | None:
-    """Why the kernels could not run this even if they were here, or None."""
-    if query.device.type != "cpu":
-        return f"the CPU kernels cannot read tensors on {query.device.type!r}."
-    if query.dtype not in DTYPES:
-        return f"the CPU kernels compute in float32, bfloat16 and float16, not in {query.dtype}."
-    if query.shape[-1] > WIDEST or not 1 <= value.shape[-1] <= WIDEST:
-        return (
-            f"the CPU kernels take 1 to {WIDEST} channels, given {query.shape[-1]} of queries and keys, "
-            f"{value.shape[-1]} of values."
-        )
-    if not abs(scale) <= LARGEST_SCALE:
-        return f"the CPU kernels need a scale that float32 can hold, given {scale}."
-    return None
-
-
 def warn_if_missed(query: Tensor, value: Tensor, scale: float) -> None:
     """Say, once in a process, that a slower way is taken only because the kernels are not here."""
     if missing() is not None and unfit(query, value, scale) is None:
-        _warn()
+        warn()
 
 
 def attend(
@@ -236,21 +202,21 @@ def _decode(
     out, lse = _results(query, value)
     if not lse.numel():
         return out, lse
-    query, key, value = (_side_by_side(x) for x in (query, key, value))
+    query, key, value = (side_by_side(x) for x in (query, key, value))
     problem = library.Decode(
         DTYPES[query.dtype], batch, rows, keys, heads, kv_heads, dim, value.shape[-1], scale
     )
     for name, x in (("query", query), ("key", key), ("value", value), ("out", out), ("lse", lse)):
         setattr(problem, name, _place(name, x))
     if visible is not None:
-        visible = _side_by_side(visible)
+        visible = side_by_side(visible)
         problem.visible = visible.data_ptr()
         problem.visible_stride = (visible.stride(0) if len(visible) > 1 else 0, visible.stride(1))
     if addend is not None:
-        addend = _side_by_side(addend.to(torch.float32))
+        addend = side_by_side(addend.to(torch.float32))
         problem.addend = addend.data_ptr()
         problem.addend_stride = (addend.stride(0) if len(addend) > 1 else 0, *addend.stride()[1:3])
-    _run("nearfield_decode_forward", problem)
+    call("nearfield_decode_forward", problem)
     return out, lse
 
 
@@ -281,7 +247,7 @@ def _run_forward(given: Given, describe: Callable[[Results], Problems]) -> tuple
     assert query is not None and value is not None
     out, lse = _results(query, value)
     if lse.numel():
-        _run("nearfield_attention_forward", *describe({"out": out, "lse": lse}))
+        call("nearfield_attention_forward", *describe({"out": out, "lse": lse}))
     return out, lse
 
 
@@ -303,9 +269,9 @@ def _run_backward(
         grad_lse = grad_lse.to(torch.float32).masked_fill(lse == -torch.inf, 0)
     if lse.numel():
         results: dict[str, Tensor | None] = dict(zip(GRADIENTS, grads, strict=True))
-        results |= {"out": _side_by_side(out), "lse": lse}
-        results |= {"grad_out": _side_by_side(grad), "grad_lse": grad_lse, "grad_bias": table}
-        _run("nearfield_attention_backward", *describe(results))
+        results |= {"out": side_by_side(out), "lse": lse}
+        results |= {"grad_out": side_by_side(grad), "grad_lse": grad_lse, "grad_bias": table}
+        call("nearfield_attention_backward", *describe(results))
     else:
         for x in (*grads, table):
             if x is not None:
@@ -321,22 +287,9 @@ def _run_backward(
     return tuple(grad.new_empty(0) if x is None else x for x in (*grads, summed, logits))
 
 
-def _run(name: str, problems: Any, *count: int) -> None:
-    kernels = library.kernels()
-    if kernels is None:
-        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
-    error = getattr(kernels, name)(problems, *count, torch.get_num_threads())
-    if error == NO_MEMORY:
-        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
-    if error:
-        raise RuntimeError(
-            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
-        )
-
-
 def _tidy(arguments: tuple[Any, ...]) -> Given:
     """The tensors of a call as the kernels read them; most are left as they are."""
-    tensors = [None if x is None else _side_by_side(x) for x in arguments[: len(INPUTS)]]
+    tensors = [None if x is None else side_by_side(x) for x in arguments[: len(INPUTS)]]
     bias, key_mask, sink_logits = arguments[BIAS : SINK_LOGITS + 1]
     return [
         *tensors,
@@ -344,11 +297,6 @@ def _tidy(arguments: tuple[Any, ...]) -> Given:
         None if key_mask is None else key_mask.contiguous(),
         None if sink_logits is None else sink_logits.to(torch.float32).contiguous(),
     ]
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x` if its last dimension is contiguous, otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _batch(given: Given, pattern: Sequence[Any], results: Results) -> Problems:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.core.errors import BackendUnavailable
-from nearfield.ops.neighborhood.native import DTYPES, NO_MEMORY, missing
+from nearfield.ops.kernels import DTYPES, call, missing, side_by_side
 from nearfield.ops.scan import operator
 from nearfield.ops.scan.operator import BACKWARD, DT_BIAS, FORWARD, INITIAL_STATE, NUM_TENSORS, D
 
@@ -73,7 +72,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     problem = _describe(given, cu_seqlens, dt_softplus, reverse)
     problem.out, problem.final_state = _place(out), state.data_ptr()
     problem.chunk_states = states.data_ptr() if keep else None
-    _run("nearfield_scan_forward", problem)
+    call("nearfield_scan_forward", problem)
     return out, state, states
 
 
@@ -91,7 +90,7 @@ def _backward(
     for i in (2, D, DT_BIAS, INITIAL_STATE):  # the kernels write float
         found[i] = found[i].to(torch.float32)
     problem = _describe(given, cu_seqlens, dt_softplus, reverse)
-    grad, kept = _side_by_side(grad), kept.contiguous()
+    grad, kept = side_by_side(grad), kept.contiguous()
     problem.grad_out, problem.chunk_states = _place(grad), kept.data_ptr()
     if grad_state is not None:
         grad_state = grad_state.to(torch.float32).contiguous()
@@ -102,7 +101,7 @@ def _backward(
     for name, tensor, to in zip(names, given, found, strict=True):
         if tensor is not None:
             setattr(problem, f"grad_{name}", _place(to) if name in TOKENS else to.data_ptr())
-    _run("nearfield_scan_backward", problem)
+    call("nearfield_scan_backward", problem)
     return tuple(
         to if tensor is None else to.to(tensor.dtype)
         for to, tensor in zip(found, arguments[:NUM_TENSORS], strict=True)
@@ -131,13 +130,8 @@ def _tidy(arguments: tuple[Any, ...]) -> list[Tensor | None]:
         raise ValueError(MISFIT)
     tables = (None if m is None else m.to(torch.float32).contiguous() for m in (A, skip, bias, initial))
     A, skip, bias, initial = tables
-    x, dt, B, C, z = (None if m is None else _side_by_side(m) for m in (x, dt, B, C, z))
+    x, dt, B, C, z = (None if m is None else side_by_side(m) for m in (x, dt, B, C, z))
     return [x, dt, A, B, C, skip, z, bias, initial]
-
-
-def _side_by_side(x: Tensor) -> Tensor:
-    """`x` if its last dimension is contiguous, otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _describe(given: list[Tensor | None], cu_seqlens: Any, dt_softplus: bool, reverse: bool) -> library.Scan:
@@ -162,16 +156,3 @@ def _place(x: Tensor) -> tuple[int, tuple[int, ...]]:
     """A tensor as nearfield_tensor: tokens on axis x, groups on that of heads."""
     batch, token, *rest = x.stride()
     return x.data_ptr(), (batch, 0, 0, token, rest[0] if x.dim() == 4 else 0)
-
-
-def _run(name: str, problem: library.Scan) -> None:
-    kernels = library.kernels()
-    if kernels is None:
-        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
-    error = getattr(kernels, name)(problem, torch.get_num_threads())
-    if error == NO_MEMORY:
-        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
-    if error:
-        raise RuntimeError(
-            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
-        )

@@ -1,0 +1,66 @@
+"""What every operator that the C++ kernels compute does: see whether they can, and call them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfield.core import library
+from nearfield.core.errors import BackendUnavailable
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of csrc/nearfield.h
+NO_MEMORY = 2
+WIDEST = 1024  # channels
+LARGEST_SCALE = torch.finfo(torch.float32).max
+
+
+def missing() -> str | None:
+    """Why there are no kernels here, or None."""
+    return library.unavailable()
+
+
+def warn() -> None:
+    """Say, once in a process, that the kernels are missing."""
+    library.warn_once()
+
+
+# To a trace the library is a constant. torch.compiler.assume_constant_result says so, but imports Dynamo.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unfit(query: Tensor, value: Tensor, scale: float) -> str | None:
+    """Why the kernels could not run on such queries and values even if they were here, or None."""
+    if query.device.type != "cpu":
+        return f"the CPU kernels cannot read tensors on {query.device.type!r}."
+    if query.dtype not in DTYPES:
+        return f"the CPU kernels compute in float32, bfloat16 and float16, not in {query.dtype}."
+    if not 1 <= query.shape[-1] <= WIDEST or not 1 <= value.shape[-1] <= WIDEST:
+        return (
+            f"the CPU kernels take 1 to {WIDEST} channels, given {query.shape[-1]} of queries and keys, "
+            f"{value.shape[-1]} of values."
+        )
+    if not abs(scale) <= LARGEST_SCALE:
+        return f"the CPU kernels need a scale that float32 can hold, given {scale}."
+    return None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run one function of csrc/nearfield.h on the threads that torch may use."""
+    kernels = library.kernels()
+    if kernels is None:
+        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
+    error = getattr(kernels, name)(*arguments, torch.get_num_threads())
+    if error == NO_MEMORY:
+        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
+    if error:
+        raise RuntimeError(
+            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
+        )
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """`x` if its last dimension is contiguous, otherwise a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
