@@ -9,21 +9,6 @@
 namespace nearfield {
 namespace {
 
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
-
-// Memory in one piece, handed out in aligned parts; without a base it only counts.
-struct Arena {
-    char *base;
-    size_t used = 0;
-    explicit Arena(void *memory) : base(static_cast<char *>(memory)) {}
-    template <class T>
-    T *take(int64_t count) {
-        char *at = base + used;
-        used += size_t(round_up(int64_t(sizeof(T)) * count, int64_t(64)));
-        return base ? reinterpret_cast<T *>(at) : nullptr;
-    }
-};
-
 struct Dims {  // of the working arrays, in units of 4 bytes
     int64_t head, value;              // channels
     int64_t head_units, value_units;  // units of a packed row of channels

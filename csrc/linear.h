@@ -6,7 +6,7 @@
 // A block of rows of one vector of lanes each stays in registers while a walk passes over a chunk of positions.
 // Every step multiplies by exp(g_t) <= 1 and nothing divides, so nothing overflows however long the sequence is.
 #pragma once
-#include "attention.h"
+#include "rows.h"
 
 namespace nearfield {
 namespace {

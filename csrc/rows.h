@@ -6,6 +6,19 @@
 namespace nearfield {
 namespace {
 
+// Memory in one piece, handed out in aligned parts; without a base it only counts.
+struct Arena {
+    char *base;
+    size_t used = 0;
+    explicit Arena(void *memory) : base(static_cast<char *>(memory)) {}
+    template <class T>
+    T *take(int64_t count) {
+        char *at = base + used;
+        used += size_t(round_up(int64_t(sizeof(T)) * count, int64_t(64)));
+        return base ? reinterpret_cast<T *>(at) : nullptr;
+    }
+};
+
 // `n` channels as floats.
 NEARFIELD_INLINE void read_row(const void *from, int64_t dtype, int64_t n, float *to) {
     if (dtype == NEARFIELD_F32) {

@@ -4,7 +4,7 @@
 // stay in registers while all positions pass. The work is one exponential for each state and position, some ten
 // operations, and five more for the recurrence: no algorithm for decays of any size does without the exponential.
 #pragma once
-#include "attention.h"
+#include "rows.h"
 #include "scan_math.h"
 
 namespace nearfield {
@@ -198,7 +198,7 @@ struct ScanTask {
             b.count = least(int64_t(LANES), job.group_channels - inside);
             b.block = group * job.group_blocks + first + i;
             b.ahead = i + 1 < blocks ? LANES : -(blocks - 1) * LANES;
-            read_table(p.A + b.channel * p.state, p.state, b.count, LOG2_E, b.exponent);
+            read_table(p.A + b.channel * p.state, p.state, b.count, LOG2E, b.exponent);
             const float *initial = p.initial_state;
             if (initial) initial += (sequence * p.channels + b.channel) * p.state;
             read_table(initial, p.state, b.count, 1, b.state);

@@ -40,7 +40,7 @@ void unscan_states(const ScanBlock &b, const ScanWork &w, int64_t state, int64_t
             }
             float *grad_input = w.grad_input + i * LANES + part, *grad_step = w.grad_step + i * LANES + part;
             store(grad_input, load(grad_input) + to_input);
-            store(grad_step, load(grad_step) + to_step * LN_2);
+            store(grad_step, load(grad_step) + to_step * LN2);
         }
         for (int s = 0; s < S; s++) {
             float *sum = b.grad_exponent + (n + s) * LANES + part;

@@ -8,8 +8,6 @@
 namespace nearfield {
 namespace {
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-
 #if defined(__AVX512F__)
 NEARFIELD_INLINE vec whole_part(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 NEARFIELD_INLINE vec power(vec x) { return whole_part(x); }
@@ -47,10 +45,10 @@ NEARFIELD_INLINE vec exp2_less_1(vec f) {
 // e^x for x <= 0, to the last place: the rounding of x log2(e) would show in small step sizes.
 NEARFIELD_INLINE vec exp_of_negative(vec x) {
     x = x < -110.0f ? splat(-110.0f) : x;  // keeps a NaN
-    vec k = whole_part(x * LOG2_E);
+    vec k = whole_part(x * LOG2E);
     vec r = x - k * 0.693359375f;
     r = r + k * 2.12194440e-4f;
-    vec y = exp2_less_1(r * LOG2_E) + 1.0f;
+    vec y = exp2_less_1(r * LOG2E) + 1.0f;
     return times_power(y, power(k));
 }
 

@@ -48,6 +48,7 @@ template <class T>
 NEARFIELD_INLINE T round_up(T a, T b) { return ceil_div(a, b) * b; }
 
 constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
 // Whether some lane of a comparison holds.
 NEARFIELD_INLINE bool any(ivec mask) {

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Neighborhood": "nearfield.ops.neighborhood.geometry",
-    "create": "nearfield.store",
+    "create": "nearfield.build",
     "load": "nearfield.store",
     "neighborhood_attention": "nearfield.ops.neighborhood.attention",
     "save": "nearfield.store",
@@ -24,9 +24,10 @@ TYPE_CHECKING = False  # type checkers take this name for true; to import typing
 __all__ = ["Neighborhood", "create", "load", "neighborhood_attention", "save", "why"]
 
 if TYPE_CHECKING:
+    from nearfield.build import create
     from nearfield.ops.neighborhood import neighborhood_attention, why
     from nearfield.ops.neighborhood.geometry import Neighborhood
-    from nearfield.store import create, load, save
+    from nearfield.store import load, save
 
 
 def __getattr__(name: str) -> object:

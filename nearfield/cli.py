@@ -177,9 +177,24 @@ def list_(
 
 
 @app.command()
-def show(system: str, json_: Json = False) -> None:
-    """What one system offers and claims."""
-    say(catalog.find(system), json_)
+def show(
+    system: str,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Whose stages are shown.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """What one system offers and claims; of a model of pictures also its stages, by default of the first."""
+    card = catalog.find(system)
+    if model is not None and model not in card.params:
+        hint = f"{card.slug} has {', '.join(card.params) or 'none'}."
+        raise LookupError(catalog.unknown("model", model, card.params, hint))
+    if model is None and not (card.params and "vision" in card.domain):
+        say(card, json_)
+        return
+    from nearfield.measure.outline import shown
+
+    say(shown(card, model), json_)
 
 
 @app.command()

@@ -293,3 +293,18 @@ def test_a_reader_that_leaves_is_no_error(python, root):
 @pytest.mark.parametrize(("text", "number"), [("4096", 4096), ("8k", 8192), ("1M", 1024**2)])
 def test_numbers_of_tokens(text, number):
     assert cli.count(text) == number
+
+
+def test_show_draws_the_stages_of_a_model_of_pictures(nearfield):
+    status, out, _ = nearfield("show", "davit", "--model", "davit_small")
+    assert (
+        status == 0 and "davit_small on 3 × 224 × 224" in out and "stages.2" in out and "14 × 14 × 384" in out
+    )
+    document = json.loads(nearfield("show", "davit", "--json")[1])
+    card = catalog.find("davit")
+    assert document["outline"]["model"] == "davit_tiny" and document["slug"] == "davit"
+    assert document["outline"]["num_params"] == card.params["davit_tiny"]
+    status, out, err = nearfield("show", "davit", "--model", "davit_smal")
+    assert status == 1 and out == "" and "no model 'davit_smal'. Did you mean davit_small" in err
+    status, out, err = nearfield("show", "lla", "--model", "lla_recall")
+    assert status == 1 and out == "" and "lla_recall takes no pictures" in err

@@ -93,7 +93,7 @@ def model_macs(model: nn.Module, size: Sequence[int] = (3, 224, 224)) -> float:
     return count_flops(call) / 2
 
 
-def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+def slope(sizes: Sequence[int | float], values: Sequence[int | float]) -> float:
     """Of the straight line through the logarithms of values over those of sizes."""
     x, y = [log(size) for size in sizes], [log(value) for value in values]
     if len(set(x)) < 2:
@@ -105,7 +105,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 def draw_lines(
     axes: Any,
-    lines: Mapping[str, Sequence[tuple[float, float]]],
+    lines: Mapping[str, Sequence[tuple[int | float, int | float]]],
     x: str,
     y: str,
     *,
@@ -113,7 +113,7 @@ def draw_lines(
 ) -> None:
     """One line with its points for each name."""
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
+        axes.plot([at for at, _ in points], [value for _, value in points], marker="o", label=name)
     axes.set(xlabel=x, ylabel=y, xscale=scale, yscale=scale)
     axes.legend()
 

@@ -53,6 +53,8 @@ def textures(side: int = 32, *, count: int = 600, seed: int = 0) -> Images:
         label, is_test = number % len(photos), number % 4 == 3
         photo = photos[label]
         half = photo.shape[1] // 2
+        if not 0 < side < half:
+            raise ValueError(f"side={side} must be at least 1 and below {half}, half a photograph.")
         place = torch.randint(0, half - side, (2,), generator=draw)
         turn = int(torch.randint(0, 4, (1,), generator=draw))
         y, x = int(2 * place[0]), int(place[1]) + half * is_test

@@ -28,7 +28,7 @@ def read(path: Path, *, prefer: Iterable[str] = WRAPPERS) -> State:
         from safetensors.torch import load_file
 
         try:
-            return dict(load_file(path))
+            return _plain(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or no safetensors file ({error}).") from None
     try:
@@ -36,18 +36,24 @@ def read(path: Path, *, prefer: Iterable[str] = WRAPPERS) -> State:
     except Exception as error:  # unpickling fails in many ways, all of them the file's fault
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"{path} cannot be read as weights and nothing but weights: {first_line}") from None
-    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
+    prefer = tuple(prefer)
+    while isinstance(held, Mapping):
         inner = next((name for name in prefer if isinstance(held.get(name), Mapping)), None)
         if inner is None:
-            raise ValueError(
-                f"{path} holds no tensors by name; it has {', '.join(map(str, held)) or 'nothing'}."
-            )
-        held = held[inner]
+            break
+        held = held[inner]  # whatever lies beside it, a best accuracy as a tensor for one
     if not isinstance(held, Mapping):
         raise ValueError(f"{path} holds a {type(held).__name__}, no tensors by name.")
     state = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
-    wrapped = all(name.startswith("module.") for name in state)  # as DistributedDataParallel saves
-    return {name.removeprefix("module."): value for name, value in state.items()} if wrapped else state
+    if not state:
+        raise ValueError(f"{path} holds no tensors by name; it has {', '.join(map(str, held)) or 'nothing'}.")
+    return _plain(state)
+
+
+def _plain(state: State) -> State:
+    """Without the prefix that DistributedDataParallel gives all names."""
+    wrapped = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module."): value for name, value in state.items()} if wrapped else dict(state)
 
 
 def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str | None]]) -> State:
@@ -56,19 +62,21 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str | None]])
     None drops what matches. Two tensors that end under one name are refused.
     """
     found: State = {}
-    rules = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
     for name, value in state.items():
-        new: str | None = name
-        for pattern, replacement in rules:
-            if replacement is None:
-                if pattern.search(new):
-                    new = None
-                    break
-            else:
-                new = pattern.sub(replacement, new)
+        new = _renamed(name, compiled)
         if new is None:
             continue
         if new in found:
             raise ValueError(f"Two tensors of the checkpoint become {new!r}; one of them is {name!r}.")
         found[new] = value
     return found
+
+
+def _renamed(name: str, rules: list[tuple[re.Pattern[str], str | None]]) -> str | None:
+    for pattern, replacement in rules:
+        if replacement is not None:
+            name = pattern.sub(replacement, name)
+        elif pattern.search(name):
+            return None
+    return name

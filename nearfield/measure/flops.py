@@ -1,58 +1,173 @@
-"""Floating point operations of a call, by torch's counter, which learns here what our own operators cost."""
+"""Floating point operations of a call, by torch's counter, which learns here what it does not know.
+
+That is what our own operators cost, each opaque to torch, and torch's fused attention on CPUs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
 import torch
 
-import nearfield.ops.neighborhood  # its operators must be there to be named
-from nearfield.ops.neighborhood.operator import bound_again
+from nearfield.ops import linear, lla, scan  # noqa: F401  their operators must be there
+from nearfield.ops.neighborhood import Neighborhood, tiled  # noqa: F401
+
+Shape = torch.Size
+Named = Mapping[str, Any]  # arguments by the names of the operator's schema, of tensors the shapes
 
 
 def count_flops(call: Callable[[], object]) -> int:
     """Floating point operations of one call: two a multiplication with addition, as torch counts.
 
-    Attention counts the pairs that are seen; a plain matrix product, whatever it multiplies.
+    Attention counts the pairs that are seen; a plain matrix product, whatever it multiplies. The linear
+    family counts the form that runs, local linear attention all the steps that its solver may take. A
+    backward by formula counts 2.5 times its forward.
+    """
+    return flops_by_module(call)["Global"]
+
+
+def flops_by_module(call: Callable[[], object]) -> dict[str, int]:
+    """The same for each module that runs in the call, by `ClassOfTheOutermost.its.dotted.name`.
+
+    What a module's own modules do is part of its count; "Global" is the whole.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with counter:
         call()
-    return int(counter.get_total_flops())
+    found = {name: int(sum(counts.values())) for name, counts in counter.get_flop_counts().items()}
+    return {"Global": 0, **found}
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
-    ops = torch.ops.nearfield
+def counted() -> set[str]:
+    """Names of the opaque operators of ours whose cost is known."""
     return {
-        ops.native_attention: _attention,
-        ops.native_attention_backward: _attention_backward,
-        ops.native_decode: _decode,
+        f"{name}{ending}"
+        for names in FORMULAS.values()
+        for name in names
+        for ending in (("", "_backward") if name not in FORWARD_ONLY else ("",))
     }
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None) -> int:
-    *_, sizes, strides, dilations, causal, border, sinks, _scale = rest
-    like = _Shaped(query), _Shaped(key)
-    pairs = bound_again(*like, sizes, strides, dilations, causal, border, sinks).num_pairs  # type: ignore[arg-type]
-    more = rest[0][1] * prod(query[1:-2]) if rest[0] is not None else 0  # additional keys are seen by all
-    return 2 * query[0] * query[-2] * (pairs + more) * (query[-1] + value[-1])
+def _attention(given: Named) -> int | float:
+    query, key, value = given["query"], given["key"], given["value"]
+    more = given["additional_keys"]
+    pairs = _pairs(given, key[1:-2], query[1] if len(key) == 4 else None)
+    pairs += more[1] * prod(query[1:-2]) if more is not None else 0  # these are seen by all
+    return _products(query[0] * query[-2] * pairs, query, value)
 
 
-def _attention_backward(*arguments: Any, out_shape: Any = None) -> int:
-    """Five products for the forward's two."""
-    return 5 * _attention(*arguments[4:-1]) // 2
+def _packed(given: Named) -> int | float:
+    query, value, flat, more = given["query"], given["value"], given["grids"], given["additional_keys"]
+    rank = len(given["kernel_size"])
+    grids = [tuple(flat[at : at + rank]) for at in range(0, len(flat), rank)]
+    pairs = sum(_pairs(given, grid) for grid in grids if prod(grid))
+    pairs += more[1] * query[0] if more is not None else 0
+    return _products(query[-2] * pairs, query, value)
 
 
-def _decode(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None) -> int:
-    return 2 * query[0] * query[1] * query[2] * key[1] * (query[-1] + value[-1])
+def _decode(given: Named) -> int | float:
+    query, key, value = given["query"], given["key"], given["value"]
+    return _products(query[0] * query[1] * query[2] * key[1], query, value)
 
 
-class _Shaped:
-    """A shape in the place of a tensor."""
+def _linear(given: Named) -> int | float:
+    """Products within chunks, where there are any, then with the state.
 
-    def __init__(self, shape: Any):
-        self.shape = shape
+    The delta rule also solves a triangle for each chunk and corrects values by the state.
+    """
+    (batch, tokens, heads, dim), dv = given["query"], given["value"][-1]
+    chunk = min(given.get("chunk", 0), tokens)
+    each = 2 * chunk * (dim + dv) + 4 * dim * dv
+    if given["beta"] is not None:
+        each += 2 * chunk * dim + chunk * (dim + dv) + 2 * dim * dv
+    return batch * tokens * heads * each
+
+
+def _local_linear(given: Named) -> int | float:
+    """Scores, output, two means and the output's correction; with a ridge also the solver."""
+    query, key = given["query"], given["key"]
+    (batch, rows, heads, dim), dv = query, given["value"][-1]
+    pattern = Neighborhood(
+        given["kernel_size"],
+        is_causal=given["is_causal"],
+        border=given["border"],
+        num_sinks=given.get("num_sinks", 0),
+    )
+    pairs = batch * heads * pattern.on(key[1], num_queries=rows).num_pairs
+    total = 2.0 * pairs * (3 * dim + 2 * dv)
+    if given["ridge"] is None:
+        return total
+    if given.get("method") == "cholesky":
+        return total + 2.0 * pairs * dim**2 + batch * heads * rows * dim**3 / 3
+    return total + 4.0 * pairs * dim * given["max_iterations"]
+
+
+def _scan(given: Named) -> int | float:
+    """Seven a channel and state, the exponential counted as one."""
+    return 7.0 * prod(given["x"]) * given["A"][-1]
+
+
+def _fused(given: Named) -> int | float:
+    (batch, heads, rows, _), keys = given["query"], given["key"][2]
+    pairs = sum(min(keys, row + 1) for row in range(rows)) if given["is_causal"] else rows * keys
+    return _products(batch * heads * pairs, given["query"], given["value"])
+
+
+FORMULAS: dict[Callable[[Named], int | float], tuple[str, ...]] = {
+    _attention: ("nearfield::native_attention", "nearfield::tiled_attention"),
+    _packed: ("nearfield::native_attention_varlen",),
+    _decode: ("nearfield::native_decode",),
+    _linear: ("nearfield::native_linear", "nearfield::tiled_linear", "nearfield::triton_linear"),
+    _local_linear: (
+        "nearfield::native_lla",
+        "nearfield::tiled_local_linear",
+        "nearfield::triton_local_linear",
+    ),
+    _scan: ("nearfield::native_scan", "nearfield::triton_scan"),
+    _fused: ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
+FORWARD_ONLY = ("nearfield::native_decode",)
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    found: dict[Any, Callable[..., int]] = {}
+    for formula, names in FORMULAS.items():
+        for name in names:
+            for ending, factor in (("", 1.0), ("_backward", 2.5)):
+                space, _, operator = f"{name}{ending}".partition("::")
+                if hasattr(getattr(torch.ops, space), operator):
+                    packet = getattr(getattr(torch.ops, space), operator)
+                    found[packet] = _by_name(packet, formula, factor)
+    return found
+
+
+def _by_name(packet: Any, formula: Callable[[Named], int | float], factor: float) -> Callable[..., int]:
+    defaults = {argument.name: argument.default_value for argument in packet.default._schema.arguments}
+
+    def count(*arguments: Any, out_shape: Any = None, **options: Any) -> int:
+        return round(
+            factor * formula({**defaults, **options, **dict(zip(defaults, arguments, strict=False))})
+        )
+
+    return count
+
+
+def _products(pairs: int | float, query: Shape, value: Shape) -> int | float:
+    """Of scores and of values, for so many pairs of a query and a key."""
+    return 2 * pairs * (query[-1] + value[-1])
+
+
+def _pairs(given: Named, grid: tuple[int, ...], num_queries: int | None = None) -> int:
+    pattern = Neighborhood(
+        tuple(given["kernel_size"]),
+        tuple(given["stride"]),
+        tuple(given["dilation"]),
+        tuple(given["is_causal"]),
+        border=given["border"],
+        num_sinks=given["num_sinks"],
+    )
+    return pattern.on(tuple(grid), num_queries=num_queries).num_pairs

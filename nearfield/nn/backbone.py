@@ -20,7 +20,10 @@ class Backbone(nn.Module):
     """
 
     feature_info: list[dict[str, Any]]
+    norm: nn.Module
+    head: nn.Module
     parts_name = "stages"  # the attribute that holds the parts
+    global_pool = "avg"  # timm's word for how it pools: "token" where a class token is all that is taken
 
     def __init__(self, num_features: int, num_classes: int):
         super().__init__()
@@ -115,8 +118,11 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new last layer for `num_classes`, none for 0. There is one way of pooling a model, its own."""
-        if global_pool not in (None, "avg", ""):
-            raise ValueError(f"global_pool={global_pool!r}: {type(self).__name__} pools in its own way only.")
+        if global_pool not in (None, self.global_pool, ""):
+            raise ValueError(
+                f"global_pool={global_pool!r}: {type(self).__name__} pools in its own way only, "
+                f"{self.global_pool!r}."
+            )
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = self.make_head(num_classes).to(weight.device, weight.dtype)

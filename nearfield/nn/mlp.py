@@ -19,7 +19,11 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, *, conv_size: int | None = None, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.conv = conv_size and nn.Conv2d(hidden, hidden, conv_size, padding=conv_size // 2, groups=hidden)
+        self.conv = (
+            None
+            if conv_size is None
+            else nn.Conv2d(hidden, hidden, conv_size, padding=conv_size // 2, groups=hidden)
+        )
         self.fc2 = nn.Linear(hidden, dim)
         self.drop = nn.Dropout(drop)
 

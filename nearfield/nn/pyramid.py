@@ -96,7 +96,7 @@ class Pyramid(Backbone):
         super().__init__(dims[-1], num_classes)
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.norm = norm or nn.Identity()
+        self.norm: nn.Module = norm or nn.Identity()
         self.norm_pooled = norm_pooled
         self.head = self.make_head(num_classes)
         reduction, *others = strides or (4, 1, *(2,) * (len(dims) - 1))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nearfield.build import create
 from nearfield.core.errors import require
 from nearfield.data import images
 from nearfield.data.images import Images
