@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or the meaning of a field changes; the loader refuses another one.
-#define NEARFIELD_ABI 1
+#define NEARFIELD_ABI 2
 
 enum { NEARFIELD_F32 = 0, NEARFIELD_BF16 = 1, NEARFIELD_F16 = 2 };           // dtype
 enum { NEARFIELD_SHIFT = 0, NEARFIELD_TRUNCATE = 1, NEARFIELD_PAD = 2 };     // border

@@ -86,6 +86,9 @@ def test_structures_are_those_of_the_header(root):
         "axis": library.Axis,
         "attention": library.Attention,
         "decode": library.Decode,
+        "linear": library.Linear,
+        "scan": library.Scan,
+        "lla": library.LocalLinear,
     }
     found = re.findall(r"typedef struct \{(.*?)\} nearfield_(\w+);", header, re.DOTALL)
     assert {name for _, name in found} == set(structures)

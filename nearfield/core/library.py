@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nearfield.core.errors import BackendUnavailable
 
-ABI = 1
+ABI = 2
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
 VARIABLE = "NEARFIELD_CPU_ISA"
 PATH = Path(__file__).parents[1] / "_kernels.so"
@@ -77,7 +77,7 @@ class Scan(ctypes.Structure):
 
     _fields_ = [
         *[(name, c_int64) for name in ("dtype", "batch", "tokens", "channels", "groups", "state")],
-        *[(name, c_int64) for name in ("sequences", "dt_softplus", "reverse")],
+        *[(name, c_int64) for name in ("sequences", "softplus", "reverse")],
         ("cu_seqlens", c_void_p),
         *[(name, Tensor) for name in ("x", "dt", "z", "B", "C")],
         *[(name, c_void_p) for name in ("A", "D", "dt_bias", "initial_state")],

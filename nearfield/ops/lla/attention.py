@@ -73,11 +73,11 @@ def local_linear_attention(
     name = choose(OP, backend, {"native": ask_native, **ask})
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        key, value = _unmasked(key, key_mask), _unmasked(value, key_mask)
-        if name == "native":
+        if name == "native":  # masked keys may hold anything there
             rows = ridges.float()
             settings = (how.max_iterations, how.tolerance, factor)
             return native.attend(query, key, value, bound, rows, key_mask, *settings)
+        key, value = _unmasked(key, key_mask), _unmasked(value, key_mask)
         options: dict[str, Any] = {"ridge": ridges.flatten(1, -2), "detached": detached}
         return _run(name, query, key, value, bound, key_mask, how, factor, options)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.core.errors import BackendUnavailable
+from nearfield.ops.kernels import DTYPES, call, missing, side_by_side, unfit
 from nearfield.ops.neighborhood.geometry import Bound
-from nearfield.ops.neighborhood.native import BORDERS, DTYPES, NO_MEMORY, missing, unfit
+from nearfield.ops.neighborhood.native import BORDERS
 
 __all__ = ["attend", "missing", "unfit"]
 
@@ -122,24 +122,15 @@ def _run(name: str, arguments: tuple[Any, ...], results: dict[str, Tensor]) -> N
     )
     held = []  # copies must outlive the call
     for field, x in (*zip(INPUTS, arguments, strict=False), *results.items()):
-        if "ridge" not in field and x.stride(-1) != 1 and x.shape[-1] != 1:
-            x = x.contiguous()
+        if "ridge" not in field:  # which has no channels
+            x = side_by_side(x)
             held.append(x)
         first, token, head = x.stride()[:3]
         setattr(problem, field, (x.data_ptr(), (first, 0, 0, token, head)))
     if key_mask is not None:
         held.append(key_mask.contiguous())
         problem.key_mask = held[-1].data_ptr()
-    kernels = library.kernels()
-    if kernels is None:
-        raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
-    error = getattr(kernels, name)(problem, torch.get_num_threads())
-    if error == NO_MEMORY:
-        raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
-    if error:
-        raise RuntimeError(
-            f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
-        )
+    call(name, problem)
 
 
 @_forward.register_fake
