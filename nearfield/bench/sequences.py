@@ -22,7 +22,7 @@ from nearfield.ops.scan import selective_scan, ssd
 CHUNK = 64  # at which the work of linear attention and SSD is counted
 STEPS = 8  # of the solver, in every case of local linear attention
 RIVALS = ["tiled", "attention", "sdpa", "loop", "fla", "mamba-ssm"]
-SLOWEST = 500  # GFLOP of a rival's call
+SLOWEST = 100  # GFLOP of a rival's call
 ANOTHER = ("attention", "sdpa")  # compute something else, at the same shape
 
 Call = Callable[..., Tensor]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from math import log
 from typing import Any
 
 import torch
 
+from nearfield.bench.resolution import draw_lines, slope
 from nearfield.bench.work import peak_growth
 from nearfield.catalog import Result
 from nearfield.data import sequences
@@ -73,12 +73,12 @@ def boundary_bias(*, full: bool = False) -> Result:
             found["LLA"].append(line)
         for name, estimates in found.items():
             errors[name].append(min(float(estimate.square().mean()) for estimate in estimates))
-    slopes = {name: _slope(sizes, e) for name, e in errors.items()}
-    words = ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
+    slopes = {name: slope(sizes, e) for name, e in errors.items()}
+    words = ", ".join(f"{name} {found:.2f}" for name, found in slopes.items())
     return Result(
         f"slopes: {words} (theory for one dimension: -0.67 and -0.80)",
         slopes["LLA"] <= slopes["softmax"] - 0.1,
-        partial(_lines, sizes, errors, "keys", "squared error"),
+        partial(_draw, sizes, errors, "keys", "squared error"),
     )
 
 
@@ -139,12 +139,12 @@ def linear_memory(*, full: bool = False) -> Result:
         return Result(
             "", None, skipped=f"peak memory is read from Linux's /proc, which is not here ({error})"
         )
-    slopes = {name: _slope(sizes[: len(each)], each) for name, each in found.items() if len(each) > 1}
+    slopes = {name: slope(sizes[: len(each)], each) for name, each in found.items() if len(each) > 1}
     words = "; ".join(f"{name} {', '.join(f'{mib:.0f}' for mib in each)} MiB" for name, each in found.items())
     return Result(
         f"{', '.join(map(str, sizes))} tokens: {words}",
         slopes["tiled"] <= 1.2,
-        partial(_lines, sizes, found, "tokens", "MiB"),
+        partial(_draw, sizes, found, "tokens", "MiB"),
     )
 
 
@@ -177,15 +177,6 @@ def _shares(found: dict[str, list[float]]) -> str:
     return f"right answers by seed: {'; '.join(words)}"
 
 
-def _slope(sizes: tuple[int, ...], values: list[float]) -> float:
-    """Of the straight line through log value over log size."""
-    x, y = [log(size) for size in sizes], [log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
-        (a - mean_x) ** 2 for a in x
-    )
-
-
 def _grouped_bars(found: dict[str, dict[str, float]], axes: Any) -> None:
     names = list(next(iter(found.values())))
     for place, name in enumerate(names):
@@ -203,8 +194,5 @@ def _dots(found: dict[str, list[float]], axes: Any) -> None:
     axes.set(ylabel="share of right answers", ylim=(-0.02, 1.02))
 
 
-def _lines(sizes: tuple[int, ...], found: dict[str, list[float]], x: str, y: str, axes: Any) -> None:
-    for name, values in found.items():
-        axes.plot(sizes[: len(values)], values, marker="o", label=name)
-    axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-    axes.legend()
+def _draw(sizes: tuple[int, ...], found: dict[str, list[float]], x: str, y: str, axes: Any) -> None:
+    draw_lines(axes, {name: list(zip(sizes, each, strict=False)) for name, each in found.items()}, x, y)

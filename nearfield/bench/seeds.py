@@ -1,0 +1,26 @@
+"""What several runs that differ by their seed found, in words and as dots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Found = Mapping[str, Sequence[float]]
+
+
+def by_seed(found: Found) -> str:
+    """`mixed 0.912, 0.897; high only 0.871, 0.880`."""
+    return "; ".join(f"{name} {', '.join(f'{value:.3f}' for value in each)}" for name, each in found.items())
+
+
+def means(found: Found) -> list[float]:
+    """The mean over the seeds, of each in turn."""
+    return [sum(each) / len(each) for each in found.values()]
+
+
+def draw_seeds(axes: Any, found: Found, label: str) -> None:
+    """A dot for each seed, those of one name above it."""
+    for place, each in enumerate(found.values()):
+        axes.plot([place] * len(each), each, "o", alpha=0.7)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set(ylabel=label)
