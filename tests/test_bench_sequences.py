@@ -46,6 +46,7 @@ def test_work_is_counted_as_the_table_says():
     assert by_id["tiny-channel"].useful_flops("backward") == 2.5 * 40 * 2 * (4096 + 1024)
     assert by_id["tiny-ssd"].useful_flops("forward") == 40 * 2 * (2 * 64 * 24 + 4 * 8 * 16)
     assert by_id["tiny-lla"].useful_flops("forward") == 2 * (40 * 41 // 2) * 2 * 16 * 21
+    assert by_id["tiny-lla"].useful_flops("backward") == 2 * (40 * 41 // 2) * 2 * 16 * 28
     assert by_id["tiny-selective"].useful_flops("forward") == 7 * 40 * 32 * 2
 
 

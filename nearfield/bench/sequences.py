@@ -55,20 +55,20 @@ class Sequence:
         return Neighborhood(self.window or self.tokens, is_causal=True)
 
     def useful_flops(self, direction: Direction) -> float:
-        """Floating point operations of the algorithm that is counted; the backward is 2.5 times the forward.
+        """Floating point operations of the algorithm that is counted.
 
         Linear attention and SSD: the chunked form, 2 · 64 · (K + V) within chunks and 4 · K · V for the
-        state, a position and head. Local linear attention: 2 d for each of scores, means (twice), output and
-        its correction, and two products a solver step, a visible pair. Selective scan: 7 a channel and
-        state, exp counted as one.
+        state, a position and head. Local linear attention, a visible pair: products of 2 d for scores, means
+        (two), the output and its correction, two for a solver step; backward twelve beside the solver's.
+        Selective scan: 7 a channel and state, exp counted as one. Other backwards: 2.5 times the forward.
         """
         places = float(self.batch * self.num_heads * self.tokens)
         dim = self.head_dim
+        if self.op == "lla":
+            pairs = float(self.batch * self.num_heads) * self.pattern.on((self.tokens,)).num_pairs
+            return pairs * 2 * dim * (2 * STEPS + (5 if direction == "forward" else 12))
         if self.kind == "selective":
             forward = 7.0 * places * self.state
-        elif self.op == "lla":
-            pairs = float(self.batch * self.num_heads) * self.pattern.on((self.tokens,)).num_pairs
-            forward = pairs * 2 * dim * (5 + 2 * STEPS)
         else:
             keys = self.state or dim
             forward = places * (2 * CHUNK * (keys + dim) + 4 * keys * dim)
