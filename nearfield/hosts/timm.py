@@ -15,7 +15,11 @@ from nearfield.core.errors import require
 PREFIX = "nearfield_"
 # What timm calls otherwise. What it has and a model of ours lacks must say nothing to be passed over.
 NAMES = {"in_chans": "in_channels", "drop_path_rate": "drop_path"}
-SILENT: dict[str, tuple[Any, ...]] = {"drop_rate": (0, 0.0), "global_pool": ("avg", ""), "img_size": ()}
+SILENT: dict[str, tuple[Any, ...]] = {
+    "drop_rate": (0, 0.0),
+    "global_pool": ("avg", "token", ""),
+    "img_size": (),
+}
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 SOURCES = ("file", "url", "state_dict", "hf_hub_id")  # whence timm reads weights
 

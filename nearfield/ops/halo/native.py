@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nearfield.ops.halo.blocks import Blocks
 from nearfield.ops.halo.positions import AXIS_LOGITS, axis_logits, one_hot
+from nearfield.ops.kernels import WIDEST
 from nearfield.ops.neighborhood import native
 from nearfield.ops.neighborhood.geometry import Border
 
@@ -24,8 +25,8 @@ def supports(query: Tensor, value: Tensor, blocks: Blocks, with_tables: bool, sc
     if blocks.query_stride != 1:
         return "the CPU kernels need as many queries as keys, so query_stride=1."
     width = query.shape[-1] + (sum(blocks.windows) if with_tables else 0)
-    if width > native.WIDEST:
-        return f"the CPU kernels take {native.WIDEST} channels, and position logits make it {width}."
+    if width > WIDEST:
+        return f"the CPU kernels take {WIDEST} channels, and position logits make it {width}."
     return native.unfit(query, value, scale) or native.missing()
 
 

@@ -83,8 +83,8 @@ def average_pool(
     wide = torch.promote_types(x.dtype, torch.float32)
     total = F.pad(x, [0, 0, *(n for gap in reversed(missing) for n in (0, gap))]) if any(missing) else x
     for axis, (n, size) in enumerate(zip(counts, sizes, strict=True)):
-        total = total.unflatten(1 + 2 * axis, (n, size))  # [B, ny, y, nx, x, C]
-    total = total.sum(tuple(range(2, 2 + 2 * len(grid), 2)), dtype=wide)
+        # one axis at a time: torch sums several at once ten times as slowly
+        total = total.unflatten(1 + axis, (n, size)).sum(2 + axis, dtype=wide)
     if not any(missing):
         return (total / prod(sizes)).to(x.dtype)
     for axis, (n, size) in enumerate(zip(counts, sizes, strict=True)):

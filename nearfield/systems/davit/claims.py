@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import nn
 
 from nearfield.bench.resolution import against_resolution, draw_lines, global_vit, model_macs
+from nearfield.bench.seeds import by_seed, draw_seeds, means
 from nearfield.catalog import Result
 from nearfield.data import images
 from nearfield.measure.receptive import gradient_map, share_inside
@@ -59,12 +57,11 @@ def both_attentions(*, full: bool = False) -> Result:
             )
             share = learn(net, data, steps=600 if full else 60, seed=seed, batch_size=32)
             found.setdefault(name, []).append(share)
-    means = {name: sum(each) / len(each) for name, each in found.items()}
-    words = "; ".join(f"{name} {', '.join(f'{share:.3f}' for share in each)}" for name, each in found.items())
+    both, *others = means(found)
     return Result(
-        f"accuracy by seed: {words}",
-        means["both"] > max(means["window"], means["channel"]),
-        partial(_dots, found, "accuracy"),
+        f"accuracy by seed: {by_seed(found)}",
+        both > max(others),
+        lambda axes: draw_seeds(axes, found, "accuracy"),
     )
 
 
@@ -84,14 +81,11 @@ def channels_see_everything(*, full: bool = False) -> Result:
             x = torch.randn(1, side, side, 32, generator=draw)
             seen = gradient_map(layer, x, (0, 0), channels_last=True)
             outside[name].append(1 - share_inside(seen, (0, 0, window, window)))
-    words = "; ".join(
-        f"{name} {', '.join(f'{share:.3f}' for share in each)}" for name, each in outside.items()
-    )
     holds = min(outside["channel"]) > 0 and max(map(abs, outside["window"])) < 1e-6
     return Result(
         f"share of the gradient from outside the window, by seed: {words}",
         holds,
-        partial(_dots, outside, "share"),
+        lambda axes: draw_seeds(axes, outside, "share"),
     )
 
 
@@ -123,10 +117,3 @@ def sharpens_with_resolution(*, full: bool = False) -> Result:
             scale="linear",
         ),
     )
-
-
-def _dots(found: dict[str, list[float]], label: str, axes: Any) -> None:
-    for place, each in enumerate(found.values()):
-        axes.plot([place] * len(each), each, "o", alpha=0.7)
-    axes.set_xticks(range(len(found)), list(found))
-    axes.set(ylabel=label)

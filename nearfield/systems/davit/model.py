@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfield.nn.attention import WindowAttention
-from nearfield.nn.convolution import ConvPosition
-from nearfield.nn.mlp import Mlp
+from nearfield.nn.position_block import PositionBlock
 from nearfield.nn.pyramid import PatchEmbed, Pyramid, Stage
-from nearfield.nn.residual import DropPath, drop_path_rates
+from nearfield.nn.residual import drop_path_rates
 
 
 class ChannelAttention(nn.Module):
@@ -50,26 +49,6 @@ class ChannelAttention(nn.Module):
             return ((q.float() * scale).mT @ k.float()).softmax(-1), v
 
 
-class Block(nn.Module):
-    """Position code, attention, position code, feed-forward network; each added to what came in."""
-
-    def __init__(self, dim: int, attention: nn.Module, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
-        super().__init__()
-        self.cpe1 = ConvPosition(dim)
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attention
-        self.cpe2 = ConvPosition(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Float[Tensor, "b y x dim"]) -> Float[Tensor, "b y x dim"]:
-        x = self.cpe1(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 def davit(
     dims: tuple[int, ...],
     depths: tuple[int, ...],
@@ -100,7 +79,8 @@ def davit(
             raise ValueError(f"attentions={attentions}: {', '.join(unknown)} is none of {', '.join(make)}.")
         kinds = attentions * depths[number]
         blocks = [
-            Block(dim, make[kind](), drop_path=rate) for kind, rate in zip(kinds, rates[number], strict=True)
+            PositionBlock(dim, make[kind](), drop_path=rate)
+            for kind, rate in zip(kinds, rates[number], strict=True)
         ]
         down: nn.Module = nn.Identity()
         if number:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nearfield.bench.resolution import draw_lines, slope
+from nearfield.bench.seeds import by_seed, draw_seeds, means
 from nearfield.bench.work import peak_growth
 from nearfield.catalog import Result
 from nearfield.data import sequences
@@ -19,6 +20,7 @@ from nearfield.systems.lla.study import EXACT, average, error, recursive_ridge, 
 from nearfield.train import Recipe, Task, fit
 
 SEEDS = (0, 1, 2)
+SHARE = "share of right answers"
 
 
 def non_stationary_regression(*, full: bool = False) -> Result:
@@ -97,8 +99,12 @@ def recall(*, full: bool = False) -> Result:
         lr=3e-3 if full else 1e-2,
         **setting,
     )
-    means = {name: sum(each) / len(each) for name, each in found.items()}
-    return Result(_shares(found), means["lla"] >= means["softmax"] >= means["gla"], partial(_dots, found))
+    lla, softmax, gla = means(found)
+    return Result(
+        f"{SHARE} by seed: {by_seed(found)}",
+        lla >= softmax >= gla,
+        partial(draw_seeds, found=found, label=SHARE),
+    )
 
 
 def state_tracking(*, full: bool = False) -> Result:
@@ -107,8 +113,12 @@ def state_tracking(*, full: bool = False) -> Result:
     found = _train(
         tracking, ("lla", "softmax"), full, steps=2000 if full else 150, lr=3e-3 if full else 1e-2, **setting
     )
-    means = {name: sum(each) / len(each) for name, each in found.items()}
-    return Result(_shares(found), abs(means["lla"] - means["softmax"]) <= 0.05, partial(_dots, found))
+    lla, softmax = means(found)
+    return Result(
+        f"{SHARE} by seed: {by_seed(found)}",
+        abs(lla - softmax) <= 0.05,
+        partial(draw_seeds, found=found, label=SHARE),
+    )
 
 
 def linear_memory(*, full: bool = False) -> Result:
@@ -172,11 +182,6 @@ def _train(
     return found
 
 
-def _shares(found: dict[str, list[float]]) -> str:
-    words = (f"{name} {', '.join(f'{share:.2f}' for share in each)}" for name, each in found.items())
-    return f"right answers by seed: {'; '.join(words)}"
-
-
 def _grouped_bars(found: dict[str, dict[str, float]], axes: Any) -> None:
     names = list(next(iter(found.values())))
     for place, name in enumerate(names):
@@ -185,13 +190,6 @@ def _grouped_bars(found: dict[str, dict[str, float]], axes: Any) -> None:
     axes.set_xticks(range(len(found)), list(found), fontsize="small")
     axes.set(ylabel="squared error / mean square")
     axes.legend()
-
-
-def _dots(found: dict[str, list[float]], axes: Any) -> None:
-    for place, each in enumerate(found.values()):
-        axes.plot([place] * len(each), each, "o", alpha=0.7)
-    axes.set_xticks(range(len(found)), list(found))
-    axes.set(ylabel="share of right answers", ylim=(-0.02, 1.02))
 
 
 def _draw(sizes: tuple[int, ...], found: dict[str, list[float]], x: str, y: str, axes: Any) -> None:

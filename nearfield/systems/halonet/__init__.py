@@ -1,0 +1,1 @@
+"""HaloNet: blocks of queries attend to themselves and to a halo around, where a ResNet convolves."""

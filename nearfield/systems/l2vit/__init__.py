@@ -1,0 +1,1 @@
+"""L2ViT: softmax attention inside windows alternates with linear attention over all positions."""
