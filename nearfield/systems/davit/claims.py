@@ -83,7 +83,7 @@ def channels_see_everything(*, full: bool = False) -> Result:
             outside[name].append(1 - share_inside(seen, (0, 0, window, window)))
     holds = min(outside["channel"]) > 0 and max(map(abs, outside["window"])) < 1e-6
     return Result(
-        f"share of the gradient from outside the window, by seed: {words}",
+        f"share of the gradient from outside the window, by seed: {by_seed(outside)}",
         holds,
         lambda axes: draw_seeds(axes, outside, "share"),
     )

@@ -62,7 +62,7 @@ def test_the_recipe_is_whole_and_its_task_trains():
     assert full.steps == 4000 and full.task.endswith("model:mqar")
     task = command.build(small)
     batch = {name: value[None] for name, value in task.data[0].items()}
-    assert float(task.loss(task.model, batch).mean) > 0
+    assert float(task.loss(task.model, batch).mean.detach()) > 0
     assert set(task.evaluate(task.model)) == {"accuracy"}
 
 
