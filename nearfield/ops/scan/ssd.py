@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nearfield.ops.linear import gated_linear_attention
 from nearfield.ops.scan.checks import check, check_tokens, ends_of, in_groups
-from nearfield.ops.scan.reference import skip_and_gate, step_sizes
 from nearfield.ops.scan.selective import ScanResult
+from nearfield.ops.scan.steps import skip_and_gate, step_sizes
 
 
 def ssd(

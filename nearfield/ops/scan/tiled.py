@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.ops.scan.reference import skip_and_gate, step_sizes
+from nearfield.ops.scan.steps import skip_and_gate, step_sizes
 
 SEGMENT = 16  # positions whose states exist at once: few enough for a cache
 
