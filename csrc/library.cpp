@@ -176,4 +176,6 @@ int nearfield_use(const char *isa) {
 
 void nearfield_set_grain(double milliseconds) { set_grain(milliseconds); }
 
+void nearfield_set_team(void *team) { set_team(reinterpret_cast<Team *>(team)); }
+
 int64_t nearfield_abi(void) { return NEARFIELD_ABI; }

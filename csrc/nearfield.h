@@ -16,8 +16,8 @@
 extern "C" {
 #endif
 
-// Raised whenever a structure or the meaning of a field changes; the loader refuses another one.
-#define NEARFIELD_ABI 2
+// Raised whenever a structure, the meaning of a field or the list of functions changes; the loader refuses another one.
+#define NEARFIELD_ABI 3
 
 enum { NEARFIELD_F32 = 0, NEARFIELD_BF16 = 1, NEARFIELD_F16 = 2 };           // dtype
 enum { NEARFIELD_SHIFT = 0, NEARFIELD_TRUNCATE = 1, NEARFIELD_PAD = 2 };     // border
@@ -165,7 +165,9 @@ NEARFIELD_API const char *nearfield_isas(void);
 NEARFIELD_API const char *nearfield_isa(void);
 NEARFIELD_API int nearfield_use(const char *isa);
 NEARFIELD_API int64_t nearfield_abi(void);
-// Work below which a job stays on the calling thread: 1 is about a millisecond and the default, 0 is for tests.
+// Threads to run on from now on: GOMP_parallel of the OpenMP runtime that has them, or NULL for threads of our own.
+NEARFIELD_API void nearfield_set_team(void *team);
+// Work that a further thread must bring: 1 is about a millisecond, 0 is for tests, below 0 what suits the threads.
 NEARFIELD_API void nearfield_set_grain(double milliseconds);
 
 #ifdef __cplusplus

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -17,6 +18,10 @@ namespace nearfield {
 namespace {
 
 constexpr int64_t MOST_WORKERS = 1023;  // a slip in a number of threads must not exhaust the machine
+
+// Milliseconds of work, roughly, that a further thread must bring. Torch's own threads spin for some time after each of
+// its operations. They take a job at once; a worker of ours waits behind one of them for a processor.
+constexpr double POOL_GRAIN = 1, TEAM_GRAIN = 0.05, UNSET = -1;
 
 // Waking a thread takes longer than many jobs have between them, or than their last tasks differ by. Longer spinning
 // would take the processor from torch's own threads.
@@ -60,8 +65,11 @@ Link *pop(Link *&head) {
 class Pool {
 public:
     bool run(Job &job, int64_t threads, size_t bytes) {
-        threads = std::min({threads, job.tasks, MOST_WORKERS + 1});
+        int64_t given = std::min(threads, MOST_WORKERS + 1);
+        threads = std::min(given, job.tasks);
+        Team *others = threads > 1 ? team.load(std::memory_order_acquire) : nullptr;
         std::unique_lock lock(mutex);
+        if (others) return borrow(others, job, threads, given, bytes, lock);
         start(threads - 1);
         threads = std::min(threads, workers + 1);
         if (!equip(job, threads, bytes)) return false;
@@ -76,6 +84,8 @@ public:
         return true;
     }
 
+    std::atomic<Team *> team{nullptr};
+
 private:
     std::mutex mutex;
     std::condition_variable wake, left;
@@ -84,6 +94,30 @@ private:
     int64_t workers = 0;
     Block *kept = nullptr;
     int64_t num_kept = 0;
+
+    // On threads of another runtime, of which `seats` may take part; it may send fewer than the `threads` asked for.
+    bool borrow(Team *others, Job &job, int64_t seats, int64_t threads, size_t bytes, std::unique_lock<std::mutex> &lock) {
+        if (!equip(job, seats, bytes)) return false;
+        job.seats = seats;
+        lock.unlock();
+        std::pair<Pool *, Job *> both{this, &job};
+        others(join, &both, unsigned(threads), 0);
+        lock.lock();
+        while (job.blocks) give(pop(job.blocks));
+        return true;
+    }
+
+    static void join(void *context) {
+        auto [pool, job] = *static_cast<std::pair<Pool *, Job *> *>(context);
+        std::unique_lock lock(pool->mutex);
+        if (job->seats == 0) return;
+        --job->seats;
+        Block *block = pop(job->blocks);
+        lock.unlock();
+        job->run(block);
+        lock.lock();
+        pool->give(block);
+    }
 
     // The pool grows to the largest job's wish, not to the sum of those that run at once: they share the workers, and
     // each has its caller at work. Where the system refuses a thread, jobs make do with fewer.
@@ -205,12 +239,21 @@ Pool *const pool = [] {
     return make();
 }();
 
-std::atomic<double> least_work{1};
+std::atomic<double> least_work{UNSET};
 
 }  // namespace
 
-double grain() { return least_work.load(std::memory_order_relaxed); }
+void set_team(Team *team) { pool->team.store(team, std::memory_order_release); }
+
 void set_grain(double milliseconds) { least_work.store(milliseconds, std::memory_order_relaxed); }
+
+int64_t worth(double milliseconds, int64_t threads) {
+    bool in_team = pool->team.load(std::memory_order_relaxed);
+    double least = least_work.load(std::memory_order_relaxed);
+    if (least < 0) least = in_team ? TEAM_GRAIN : POOL_GRAIN;
+    if (milliseconds >= least * double(threads)) return threads;
+    return milliseconds < 2 * least ? 1 : in_team ? threads : int64_t(milliseconds / least);
+}
 
 bool parallel_for(int64_t tasks, int64_t threads, size_t bytes, void (*body)(void *context, int64_t task, void *memory),
                   void *context) {

@@ -12,16 +12,17 @@ namespace nearfield {
 bool parallel_for(int64_t tasks, int64_t threads, size_t bytes, void (*body)(void *context, int64_t task, void *memory),
                   void *context);
 
-// Milliseconds of work, roughly, that a further thread must bring. Torch's own threads spin for about as long after each
-// of its operations, and a worker that waits behind one of them for a processor costs more than it brings.
-double grain();
+// Calls body(context) on up to `threads` threads at once, the caller among them: GOMP_parallel of an OpenMP runtime.
+typedef void Team(void (*body)(void *context), void *context, unsigned threads, unsigned flags);
+
+// Jobs run on the threads of `team` from now on, but for those of a forked child; on the pool's own again with NULL.
+void set_team(Team *team);
+
+// Milliseconds of work, roughly, that a further thread must bring; below 0 what suits the threads in use.
 void set_grain(double milliseconds);
 
-// The most threads, up to `threads`, that a job of so much work is worth.
-inline int64_t worth(double milliseconds, int64_t threads) {
-    double least = grain();
-    if (milliseconds >= least * double(threads)) return threads;
-    return milliseconds < 2 * least ? 1 : int64_t(milliseconds / least);
-}
+// The most threads, up to `threads`, that a job of so much work is worth. A team is taken whole or not at all: an OpenMP
+// runtime may end the threads that a smaller one leaves idle, and start them anew for torch's next operation.
+int64_t worth(double milliseconds, int64_t threads);
 
 }  // namespace nearfield

@@ -11,8 +11,10 @@ import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 
 from nearfield.core import BackendUnavailable, library
 
@@ -206,11 +208,39 @@ def test_a_library_of_another_version_is_not_used(fresh):
 
 
 # ---- threads
-@pytest.fixture
-def every_thread():
-    """Even small jobs take all their threads."""
+TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+
+
+@pytest.fixture(params=["own", "torch's"])
+def every_thread(request):
+    """Even small jobs take all their threads, which are the library's own or those that torch has."""
+    has_team = library.run_on_threads_of(TORCH)
+    if request.param == "own":
+        library.kernels().nearfield_set_team(None)
+    elif not has_team:
+        pytest.skip("torch does not run on OpenMP here")
     with library.grain(0):
         yield
+    library.run_on_threads_of(TORCH)
+
+
+@needs_kernels
+def test_threads_come_from_libraries_that_are_loaded_and_have_some(tmp_path):
+    assert not library.run_on_threads_of(tmp_path / "libtorch_cpu.so")
+    assert not library.run_on_threads_of(library.PATH)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("every_thread")
+def test_a_job_runs_on_the_threads_that_it_was_given():
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir():
+        pytest.skip("threads cannot be counted here")
+    assert averages(20_000, 3)
+    before = {task.name for task in tasks.iterdir()}
+    for tokens in (20_000, 20, 20_000, 5, 20_000):  # a smaller team would end threads, a larger start some
+        assert averages(tokens, 3)
+    assert {task.name for task in tasks.iterdir()} == before
 
 
 @needs_kernels
@@ -230,13 +260,16 @@ def test_python_threads_may_call_at_once():
 
 @needs_kernels
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_forked_child_has_a_pool_of_its_own(python):
+@pytest.mark.parametrize("of", ["own", "torch's"])
+def test_a_forked_child_has_a_pool_of_its_own(python, of):
     # the second time another thread keeps the parent's pool, and its locks, busy
     code = f"""
 import os, threading
 {SHIPPED}
 from nearfield.core import library
 library.kernels().nearfield_set_grain(0.0)
+if {of == "torch's"}:
+    library.run_on_threads_of({str(TORCH)!r})
 assert averages(20_000, 4)
 stop = threading.Event()
 def noise():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nearfield.core.errors import BackendUnavailable
 
-ABI = 2
+ABI = 3
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
 VARIABLE = "NEARFIELD_CPU_ISA"
 PATH = Path(__file__).parents[1] / "_kernels.so"
@@ -133,6 +133,7 @@ FUNCTIONS = {  # name: result, arguments
     "nearfield_isas": (c_char_p,),
     "nearfield_isa": (c_char_p,),
     "nearfield_use": (c_int, c_char_p),
+    "nearfield_set_team": (None, c_void_p),
     "nearfield_set_grain": (None, c_double),
 }
 
@@ -175,7 +176,7 @@ def use(name: str) -> Iterator[None]:
 
 @contextmanager
 def grain(milliseconds: float) -> Iterator[None]:
-    """Inside, a job takes a further thread for so much work; usually 1. With 0 each job takes them all."""
+    """Inside, a job takes a further thread for so much work. With 0 each job takes them all."""
     library = kernels()
     if library is None:
         raise BackendUnavailable(unavailable())
@@ -183,7 +184,20 @@ def grain(milliseconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        library.nearfield_set_grain(1.0)
+        library.nearfield_set_grain(-1.0)
+
+
+def run_on_threads_of(user: Path) -> bool:
+    """From now on jobs run on the OpenMP threads of `user`, a library that is loaded; True if it has any."""
+    library = kernels()
+    if library is None or not hasattr(os, "RTLD_NOLOAD"):
+        return False
+    try:
+        team = ctypes.CDLL(str(user), mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):  # another kind of threads, or another name
+        return False
+    library.nearfield_set_team(ctypes.cast(team, c_void_p))
+    return True
 
 
 @cache

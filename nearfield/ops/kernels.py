@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +54,7 @@ def call(name: str, *arguments: Any) -> None:
     kernels = library.kernels()
     if kernels is None:
         raise BackendUnavailable(f"This operator needs the CPU kernels: {library.unavailable()}")
+    share_threads()
     error = getattr(kernels, name)(*arguments, torch.get_num_threads())
     if error == NO_MEMORY:
         raise torch.OutOfMemoryError("The CPU kernels got no memory to work in. Give a smaller batch.")
@@ -59,6 +62,15 @@ def call(name: str, *arguments: Any) -> None:
         raise RuntimeError(
             f"{name} refused its arguments (code {error}), which were checked before: a bug in nearfield."
         )
+
+
+@cache
+def share_threads() -> bool:
+    """Let the kernels run on torch's own threads, if those are OpenMP's; False if not.
+
+    They wait, spinning, for what comes after torch's last operation, where others would have to be woken.
+    """
+    return library.run_on_threads_of(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 def side_by_side(x: Tensor) -> Tensor:
