@@ -403,7 +403,7 @@ def train(
 @app.command()
 def bench(
     op: Annotated[
-        str, typer.Argument(help="The operator: neighborhood, linear, lla or scan.")
+        str, typer.Argument(help="The operators: neighborhood, linear, lla, scan, or vision models.")
     ] = "neighborhood",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     case: Annotated[

@@ -7,7 +7,7 @@ import torch
 
 from nearfield.bench import OPS, BenchResult, results, run, sequences
 from nearfield.bench.rivals import Unfit
-from nearfield.bench.sequence_rows import _require_agreement
+from nearfield.bench.sequence_rows import require_agreement
 from nearfield.bench.sequences import CASES, problem
 
 HIDDEN = [case for case in CASES if case.is_hidden]
@@ -52,7 +52,7 @@ def test_work_is_counted_as_the_table_says():
 
 def test_a_rival_that_computes_something_else_is_not_timed():
     with pytest.raises(Unfit, match="not the same problem"):
-        _require_agreement(torch.ones(3), torch.tensor([1.0, 1.0, 1.1]))
+        require_agreement(torch.ones(3), torch.tensor([1.0, 1.0, 1.1]))
 
 
 def test_attention_over_all_tokens_is_left_out_where_it_would_take_minutes():

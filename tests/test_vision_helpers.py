@@ -15,13 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nearfield import catalog, create
-from nearfield.bench.resolution import against_resolution, draw_lines, global_vit, model_macs, slope
+from nearfield.bench.resolution import (
+    against_resolution,
+    draw_lines,
+    equal_vit,
+    global_vit,
+    model_macs,
+    slope,
+)
 from nearfield.core.errors import MissingPackage
 from nearfield.data import images
 from nearfield.measure import outline
 from nearfield.measure.flops import count_flops
 from nearfield.measure.receptive import draw_map, extent, gradient_map, reached, share_inside
 from nearfield.nn.attention import WindowAttention
+from nearfield.systems.davit.model import davit
 from nearfield.train import vision
 from nearfield.train.loop import fit
 from nearfield.train.recipe import Recipe
@@ -267,6 +275,14 @@ def test_the_rival_is_deit_without_its_class_token() -> None:
     final, maps = vit.forward_intermediates(torch.randn(1, 3, 12, 20))
     assert final.shape == (1, 3, 5, 16) and [list(each.shape) for each in maps] == [[1, 16, 3, 5]] * 2
     assert vit(torch.randn(1, 3, 12, 20)).shape == (1, 5)
+
+
+def test_a_rival_of_equal_work_is_equal_to_a_block() -> None:
+    model = davit((32, 64, 128, 256), (1, 1, 2, 1), (1, 2, 4, 8))
+    rival = equal_vit(model)
+    assert rival.feature_info[0]["num_chs"] == 128
+    one, two = (model_macs(global_vit(128, depth, 2)) for depth in (1, 2))
+    assert abs(model_macs(rival) - model_macs(model)) <= (two - one) / 2
 
 
 # outlines

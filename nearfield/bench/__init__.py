@@ -9,7 +9,7 @@ from nearfield.bench.results import BenchResult, Comparison, compare
 
 __all__ = ["CASES", "OPS", "BenchResult", "Case", "Comparison", "compare", "run"]
 
-OPS = ("neighborhood", "linear", "lla", "scan")
+OPS = ("neighborhood", "linear", "lla", "scan", "vision")
 
 
 def run(

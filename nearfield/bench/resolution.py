@@ -187,3 +187,14 @@ def global_vit(dim: int = 192, depth: int = 12, num_heads: int = 3, **options: A
     `options` are those of `GlobalViT`: patch, side, num_classes, in_channels.
     """
     return GlobalViT(dim, depth, num_heads, **options)
+
+
+def equal_vit(model: Backbone) -> GlobalViT:
+    """A vision transformer of the width of the model's third stage, and of its work on 224 pixels.
+
+    The rival of pyramids: whatever they save, it must come from where attention looks.
+    """
+    width = model.feature_info[2]["num_chs"]
+    made = partial(global_vit, width, num_heads=max(1, width // 64))
+    one, two = (model_macs(made(depth=depth)) for depth in (1, 2))
+    return made(depth=max(1, 1 + round((model_macs(model) - one) / (two - one))))

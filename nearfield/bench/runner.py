@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.bench import sequences
+from nearfield.bench import sequences, vision
 from nearfield.bench.cases import CASES, DIRECTIONS, DTYPES, Case, Direction, find, for_device
 from nearfield.bench.results import BenchResult, provenance
 from nearfield.bench.rivals import RIVALS, Unfit, measure, step
 from nearfield.bench.sequence_rows import sequence_row
-from nearfield.bench.timing import timed_row
+from nearfield.bench.timing import timed, timed_row
+from nearfield.bench.vision_rows import vision_row
 from nearfield.core.backend import requested
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.neighborhood import neighborhood_attention, why
@@ -45,7 +46,9 @@ def run_op(
         raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
     table: Sequence[Any] = CASES
     names, row = [rival.name for rival in RIVALS], _row
-    if op != "neighborhood":
+    if op == "vision":
+        table, names, row = vision.CASES, vision.RIVALS, vision_row
+    elif op != "neighborhood":
         table = [case for case in sequences.CASES if case.op == op]
         names, row = sequences.RIVALS, sequence_row
     wanted = names if rivals is True else rivals or ()
@@ -56,7 +59,13 @@ def run_op(
     for case in chosen:
         if case.device not in ("cpu", device):
             raise ValueError(f"Case {case.id} is meant for {case.device}; on {device} it would take hours.")
-    plan = [(case, dtype, direction) for case in chosen for dtype in dtypes for direction in directions]
+    plan = [
+        (case, dtype, direction)
+        for case in chosen
+        for dtype in dtypes
+        for direction in directions
+        if direction in getattr(case, "directions", DIRECTIONS)
+    ]
     rows: list[dict[str, Any]] = []
     with _threads(threads):
         for done, (case, dtype, direction) in enumerate(plan):
@@ -96,7 +105,10 @@ def _row(
         return neighborhood_attention(query, key, value, case.pattern, backend=backend)
 
     name = _backend_used(case, tensors, backend)
-    row = timed_row(case, dtype, direction, step(attend, tensors, direction), device, name, threads, seconds)
+    call = step(attend, tensors, direction)
+    row = timed_row(
+        case, dtype, direction, lambda: timed(call, device, budget=seconds), device, name, threads
+    )
     gemm_gflops = row["gemm_gflops"]
     row["predicted_seconds"] = _predicted(case, dtype, direction, device, name, gemm_gflops)
     if rivals:

@@ -33,7 +33,9 @@ def sequence_row(
     name = _backend_used(case, dtype, device) if requested(backend) == "auto" else requested(backend)
     made = sequences.problem(case, dtype, device, name)
     call = step(made.call, made.tensors, direction)
-    row = timed_row(case, dtype, direction, call, device, name, threads, seconds)
+    row = timed_row(
+        case, dtype, direction, lambda: timed(call, device, budget=seconds), device, name, threads
+    )
     for rival in rivals:
         if rival == name or rival not in made.rivals:
             continue
@@ -55,7 +57,7 @@ def _seconds(made: sequences.Problem, rival: str, direction: Direction, device: 
             if first > SLOWEST:
                 raise Unfit(f"too slow: {first:.1f} s for one call, above the bound of {SLOWEST:.0f} s")
             if is_same:
-                _require_agreement(call(*tensors), made.call(*tensors))
+                require_agreement(call(*tensors), made.call(*tensors))
         return timed(step(call, tensors, direction), device, budget=seconds / 2, least=1).seconds
     except Unfit:
         raise
@@ -64,7 +66,8 @@ def _seconds(made: sequences.Problem, rival: str, direction: Direction, device: 
         raise Unfit(f"{type(error).__name__}: {first_line[:200]}") from error
 
 
-def _require_agreement(found: torch.Tensor, ours: torch.Tensor) -> None:
+def require_agreement(found: torch.Tensor, ours: torch.Tensor) -> None:
+    """Raises `Unfit` where a rival that should compute the same does not."""
     error = ((found.float() - ours.float()).square().mean() / ours.float().square().mean()).sqrt().item()
     allowed = 1e-3 if ours.dtype == torch.float32 else 3e-2
     if not error <= allowed:

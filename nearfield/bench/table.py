@@ -43,7 +43,27 @@ def result_table(result: BenchResult) -> Group:
             f"{row['useful_gflops']:.1f}",
             f"{100 * row['ratio_to_gemm']:.1f} %",
         )
-    return Group(table, *_rivals(result), *(Text(note) for note in _reasons(result)))
+    return Group(table, *_pictures(result), *_rivals(result), *(Text(note) for note in _reasons(result)))
+
+
+def _pictures(result: BenchResult) -> list[Table]:
+    """What a vision bench tells besides: pictures a second and the memory that a forward takes."""
+    from rich.table import Table
+
+    rows = [row for row in result.rows if "pictures_per_second" in row]
+    if not rows:
+        return []
+    names = list(dict.fromkeys(name for row in rows for name in row.get("rivals_peak_bytes", {})))
+    table = Table(title="pictures a second, and peak of the forward's memory in MB", **STYLE)
+    _columns(table, "pictures/s", "ours", *names)
+    for row in rows:
+        peaks = [row.get("peak_bytes"), *(row.get("rivals_peak_bytes", {}).get(name) for name in names)]
+        table.add_row(
+            *(row[name] for name in ("case", "direction", "dtype")),
+            f"{row['pictures_per_second']:.3g}",
+            *("–" if peak is None else f"{peak / 1e6:,.0f}" for peak in peaks),
+        )
+    return [table]
 
 
 def _rivals(result: BenchResult) -> list[Table]:
@@ -56,9 +76,10 @@ def _rivals(result: BenchResult) -> list[Table]:
     table = Table(title="rivals: their time / ours", **STYLE)
     _columns(table, *names)
     notes = [row.get("rivals_notes", {}) for row in result.rows]
+    digits = 2 if result.op == "vision" else 1  # whole models differ by little
     for row, note in zip(result.rows, notes, strict=True):
         cells = [
-            f"{row['rivals'][name] / row['seconds']:.1f}×{'*' if name in note else ''}"
+            f"{row['rivals'][name] / row['seconds']:.{digits}f}×{'*' if name in note else ''}"
             if name in row["rivals"]
             else "–"
             for name in names

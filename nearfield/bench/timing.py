@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
@@ -62,6 +62,27 @@ def timed(
     return Timing(median(found), min(found), max(found), len(found))
 
 
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    device: str,
+    *,
+    budget: float = 3.0,
+    least: int = 3,
+    most: int = 50,
+) -> dict[str, Timing]:
+    """Timings of several calls that take turns, so that a machine's slow moments fall on all of them."""
+    for call in calls.values():
+        for _ in range(2):
+            once(call, device)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    while True:
+        for name, call in calls.items():
+            found[name].append(once(call, device))
+        rounds = len(next(iter(found.values())))
+        if rounds >= most or (rounds >= least and sum(map(sum, found.values())) >= budget * len(calls)):
+            return {name: Timing(median(t), min(t), max(t), rounds) for name, t in found.items()}
+
+
 class Gemm:
     """A square matrix product in one dtype: the ruler beside which a row is read.
 
@@ -98,16 +119,15 @@ def timed_row(
     case: Any,
     dtype: str,
     direction: str,
-    call: Callable[[], object],
+    measure: Callable[[], Timing],
     device: str,
     backend: str,
     threads: int,
-    seconds: float,
 ) -> dict[str, Any]:
-    """One row of a table: the call timed between two samples of a matrix product, and the useful work."""
+    """One row of a table: a timing taken between two samples of a matrix product, and the useful work."""
     gemm = Gemm(getattr(torch, dtype), device)
     gemm.measure()
-    timing = timed(call, device, budget=seconds)
+    timing = measure()
     gemm.measure()
     rate = case.useful_flops(direction) / timing.seconds / 1e9
     return {

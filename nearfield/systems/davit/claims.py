@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nearfield.bench.resolution import against_resolution, draw_lines, global_vit, model_macs
+from nearfield.bench.resolution import against_resolution, draw_lines, equal_vit
 from nearfield.bench.seeds import by_seed, draw_seeds, means
 from nearfield.catalog import Result
 from nearfield.data import images
@@ -19,8 +19,9 @@ SEEDS = (0, 1, 2)
 
 def linear_cost(*, full: bool = False) -> Result:
     """DaViT-T against a vision transformer of its third stage's width and of its cost at 224 px."""
-    depth = round(model_macs(davit_tiny()) / model_macs(global_vit(384, 1, 6)))
-    models = {"DaViT-T": davit_tiny(), f"ViT of width 384, {depth} blocks": global_vit(384, depth, 6)}
+    net = davit_tiny()
+    rival = equal_vit(net)
+    models = {"DaViT-T": net, f"ViT of width 384, {len(rival.blocks)} blocks": rival}
     sides = (224, 448, 672, 896) if full else (224, 448)
     costs = against_resolution(models, sides, budget=1.0 if full else 0.1, least=1)
     growth = [macs[sides.index(448)] / macs[0] for macs in costs.macs.values()]

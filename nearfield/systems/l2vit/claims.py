@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfield.bench.resolution import against_resolution, draw_lines, global_vit, model_macs
+from nearfield.bench.resolution import against_resolution, draw_lines, equal_vit, model_macs
 from nearfield.bench.seeds import by_seed, draw_seeds, means
 from nearfield.catalog import Result
 from nearfield.data import images
@@ -160,9 +160,9 @@ def linear_cost(*, full: bool = False) -> Result:
     """L2ViT-T against a vision transformer of its third stage's width and of its cost at 224 px."""
     net = l2vit_tiny()
     cost = model_macs(net)
-    depth = round(cost / model_macs(global_vit(384, 1, 6)))
-    names = ("L2ViT-T", f"ViT of width 384, {depth} blocks")
-    models = {names[0]: net, names[1]: global_vit(384, depth, 6)}
+    rival = equal_vit(net)
+    names = ("L2ViT-T", f"ViT of width 384, {len(rival.blocks)} blocks")
+    models = {names[0]: net, names[1]: rival}
     sides = (224, 448, 672, 896) if full else (112, 224)
     costs = against_resolution(models, sides, budget=1.0 if full else 0.05, least=1)
     ours, theirs = (costs.seconds[name] for name in names)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfield.bench.resolution import against_resolution, draw_lines, global_vit, model_macs
+from nearfield.bench.resolution import against_resolution, draw_lines, equal_vit, model_macs
 from nearfield.bench.seeds import by_seed, draw_seeds, means
 from nearfield.bench.work import cpu_seconds
 from nearfield.catalog import Result
@@ -149,9 +149,9 @@ def frequencies_split(*, full: bool = False) -> Result:
 def cheap_when_large(*, full: bool = False) -> Result:
     """LITv2-S against a vision transformer of its third stage's width and of its cost at 224 px."""
     net = litv2_small()
-    depth = round(model_macs(net) / model_macs(global_vit(384, 1, 6)))
-    names = ("LITv2-S", f"ViT of width 384, {depth} blocks")
-    models = {names[0]: net, names[1]: global_vit(384, depth, 6)}
+    rival = equal_vit(net)
+    names = ("LITv2-S", f"ViT of width 384, {len(rival.blocks)} blocks")
+    models = {names[0]: net, names[1]: rival}
     sides = (224, 448, 672, 896) if full else (112, 224)
     costs = against_resolution(models, sides, budget=1.0 if full else 0.05, least=1)
     ours, theirs = (costs.seconds[name] for name in names)
