@@ -12,6 +12,7 @@ import natten
 import pytest
 import torch
 
+from nearfield import natten as ours_by_name
 from nearfield.core import library
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
@@ -80,6 +81,26 @@ def test_outputs_and_lse_equal_natten(seed):
             )
             assert (out - expected).abs().max() <= TOLERANCE, (backend, problem)
             assert (lse - expected_lse).abs().max() <= TOLERANCE, (backend, problem)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_its_names_here_mean_the_same(rank):
+    name, grid = f"NeighborhoodAttention{rank}D", (9, 8, 7)[:rank]
+    options = {"kernel_size": 3, "stride": 2, "dilation": 2, "is_causal": True}
+    theirs = getattr(natten, name)(64, 4, **options)
+    ours = getattr(ours_by_name, name)(64, 4, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, *grid, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (ours(x) - theirs(x)).abs().max() < TOLERANCE
+        parts = [torch.randn(3, 2, 5, 4, 8).unbind(0), torch.randn(3, 2, 5, 4).unbind(0)]
+        merged = zip(
+            ours_by_name.merge_attentions(*parts),
+            natten.functional.merge_attentions(*map(list, parts), torch_compile=False),
+            strict=True,
+        )
+        assert all((a - b).abs().max() < TOLERANCE for a, b in merged)
+    assert set(natten.__all__) >= {name for name in ours_by_name.__all__ if name in vars(natten)}
 
 
 def test_the_oracle_would_notice_one_key_more():
