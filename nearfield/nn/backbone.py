@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         """What the first part takes."""
         raise NotImplementedError(f"{type(self).__name__} must say how it embeds images.")
 
-    def as_map(self, state: Any) -> Float[Tensor, "b y x dim"]:
+    def as_map(self, state: Any) -> Float[Tensor, "b *grid dim"]:
         """The map in what runs between parts; the state itself in a pyramid."""
         return state
 
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
         """The modules whose outputs are the intermediate features."""
         return getattr(self, self.parts_name)
 
-    def forward_features(self, x: Float[Tensor, "b 3 y x"]) -> Tensor:
+    def forward_features(self, x: Float[Tensor, "b channels *sides"]) -> Tensor:
         """The last features, channels last, before pooling."""
         state = self.embed(x)
         for part in self.parts:
@@ -66,12 +66,12 @@ class Backbone(nn.Module):
         pooled = self.pool(x)
         return pooled if pre_logits else self.head(pooled)
 
-    def forward(self, x: Float[Tensor, "b 3 y x"]) -> Tensor:
+    def forward(self, x: Float[Tensor, "b channels *sides"]) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
         self,
-        x: Float[Tensor, "b 3 y x"],
+        x: Float[Tensor, "b channels *sides"],
         indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,

@@ -68,7 +68,7 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Float[Tensor, "b y x dim"]) -> Float[Tensor, "b y2 x2 out"]:
+    def forward(self, x: Float[Tensor, "b *grid dim"]) -> Float[Tensor, "b *outer out"]:
         x = self.downsample(x)
         for block in self.blocks:
             x = block(x)
@@ -76,7 +76,7 @@ class Stage(nn.Module):
 
 
 class Pyramid(Backbone):
-    """Stages on maps `[B, Y, X, C]`; the stem makes the first one of the pictures.
+    """Stages on maps `[B, Y, X, C]`, of clips `[B, T, Y, X, C]`; the stem makes the first of the pictures.
 
     `norm_pooled` puts the final norm behind the pooling. `strides` are those of the stem and of each stage,
     4, 1 and then 2 if not given.
@@ -107,13 +107,13 @@ class Pyramid(Backbone):
             self.feature_info.append(info)
         self.initialise()
 
-    def embed(self, images: Float[Tensor, "b channels y x"]) -> Float[Tensor, "b y2 x2 dim"]:
+    def embed(self, images: Float[Tensor, "b channels *sides"]) -> Float[Tensor, "b *grid dim"]:
         return self.stem(images.movedim(1, -1))
 
-    def finish(self, state: Float[Tensor, "b y x dim"]) -> Float[Tensor, "b y x dim"]:
+    def finish(self, state: Float[Tensor, "b *grid dim"]) -> Float[Tensor, "b *grid dim"]:
         return state if self.norm_pooled else self.norm(state)
 
-    def pool(self, features: Float[Tensor, "b y x dim"]) -> Float[Tensor, "b dim"]:
+    def pool(self, features: Float[Tensor, "b *grid dim"]) -> Float[Tensor, "b dim"]:
         pooled = super().pool(features)
         return self.norm(pooled) if self.norm_pooled else pooled
 
@@ -142,7 +142,7 @@ class FeaturePyramid(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=eps) if norm else nn.Identity() for c in self.channels)
         self.norms.apply(initialise)
 
-    def forward(self, x: Float[Tensor, "b channels y x"]) -> list[Tensor]:
+    def forward(self, x: Float[Tensor, "b channels *sides"]) -> list[Tensor]:
         maps = self.backbone.forward_intermediates(
             x, self.indices, stop_early=True, output_fmt="NHWC", intermediates_only=True
         )

@@ -164,8 +164,13 @@ def classify(
 
 
 def _loss(label_smoothing: float) -> Any:
-    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-        return cross_entropy(model(batch["images"]), batch["labels"], label_smoothing=label_smoothing)
+    """Cross-entropy; of a model that has a second head for training, the mean of both heads'."""
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Loss:
+        heads = model.forward_both(batch["images"]) if hasattr(model, "forward_both") else ()
+        logits = torch.cat(heads) if heads else model(batch["images"])
+        labels = batch["labels"].repeat(len(heads) or 1)
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     return loss
 
