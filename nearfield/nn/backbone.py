@@ -23,7 +23,8 @@ class Backbone(nn.Module):
     norm: nn.Module
     head: nn.Module
     parts_name = "stages"  # the attribute that holds the parts
-    global_pool = "avg"  # timm's word for how it pools: "token" where a class token is all that is taken
+    global_pool = "avg"  # timm's word for how it pools: "token" a class token alone, "" not at all
+    normed_anywhere = False  # whether the final norm fits behind each part, as in a plain transformer
 
     def __init__(self, num_features: int, num_classes: int):
         super().__init__()
@@ -49,6 +50,10 @@ class Backbone(nn.Module):
         """One vector a picture: the mean over the map."""
         return features.flatten(1, -2).mean(1)
 
+    def unpooled(self, features: Tensor) -> Tensor:
+        """What the classifier takes where nothing is pooled."""
+        return features
+
     @property
     def parts(self) -> nn.ModuleList:
         """The modules whose outputs are the intermediate features."""
@@ -63,7 +68,7 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of features, or with `pre_logits` the pooled vector that the classifier takes."""
-        pooled = self.pool(x)
+        pooled = self.pool(x) if self.global_pool else self.unpooled(x)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Float[Tensor, "b channels *sides"]) -> Tensor:
@@ -80,7 +85,7 @@ class Backbone(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Maps after the parts `indices` (an int: the last so many; None: all), with the final features.
 
-        `norm` applies the final norm to the map of the last part.
+        `norm` applies the final norm to the map of the last part, and to the others where these are as wide.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} is unknown. Choose NCHW or NHWC.")
@@ -93,7 +98,8 @@ class Backbone(nn.Module):
                 break
             state = self._step(part, state)
             if number in wanted:
-                shown = self.as_map(self._normed(state) if norm and number == last else state)
+                fits = number == last or self.normed_anywhere
+                shown = self.as_map(self._normed(state) if norm and fits else state)
                 maps.append(shown.movedim(-1, 1) if output_fmt == "NCHW" else shown)
         return maps if intermediates_only else (self.finish(state), maps)
 
@@ -117,12 +123,18 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new last layer for `num_classes`, none for 0. There is one way of pooling a model, its own."""
-        if global_pool not in (None, self.global_pool, ""):
+        """A new last layer for `num_classes`, none for 0.
+
+        There is one way of pooling a model, its own; `global_pool=""` leaves it out.
+        """
+        own = type(self).global_pool
+        if global_pool not in (None, own, ""):
             raise ValueError(
-                f"global_pool={global_pool!r}: {type(self).__name__} pools in its own way only, "
-                f"{self.global_pool!r}."
+                f"global_pool={global_pool!r}: {type(self).__name__} pools in its own way only, {own!r}; "
+                "'' leaves pooling out."
             )
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.num_classes = num_classes
         weight = next(self.parameters())
         self.head = self.make_head(num_classes).to(weight.device, weight.dtype)

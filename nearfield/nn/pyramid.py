@@ -117,6 +117,9 @@ class Pyramid(Backbone):
         pooled = super().pool(features)
         return self.norm(pooled) if self.norm_pooled else pooled
 
+    def unpooled(self, features: Float[Tensor, "b y x dim"]) -> Float[Tensor, "b y x dim"]:
+        return self.norm(features) if self.norm_pooled else features
+
 
 class FeaturePyramid(nn.Module):
     """The maps of a backbone's stages, `[B, C, Y, X]` each, for detection and segmentation.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, dtype
@@ -79,6 +80,11 @@ def no_forward_mode() -> str | None:
     """Why a backend that has no forward-mode derivatives cannot run here, or None."""
     is_forward = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
     return "it has no forward-mode derivatives." if is_forward else None
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off for the device of `x`; torch knows none of meta tensors."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def under_autocast(run: Callable[..., T], query: Tensor, *others: Tensor | None) -> T:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfield.ops.checks import no_autocast
 from nearfield.ops.linear.chunks import Stretch
 from nearfield.ops.linear.operator import state_dtype
 
@@ -63,7 +64,7 @@ def backward(
     # not empty_like: an expanded input has a gradient of its own in every place
     found = [states.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs]
     grad_state = grad_state.to(states.dtype, copy=True)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query):
         for number in reversed(range(states.shape[2] - 1)):
             piece = slice(number * stretch, (number + 1) * stretch)
             pull = _chunks(grad, piece, chunk, query.shape[2], states.dtype)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
+from nearfield.ops.checks import no_autocast
 from nearfield.ops.merge import reference
 from nearfield.ops.merge.geometry import num_pairs
 from nearfield.ops.merge.pairs import SMALLEST, adjacent_likeness, checked
@@ -78,7 +79,7 @@ def merge_adjacent(
         x, metric = (y.masked_fill(~key_mask[..., None], 0) for y in (x, metric))
     if spans is None:
         spans = torch.ones(x.shape[:2], dtype=torch.int32, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         weights = _weights(metric, spans, weight, key_mask)
         likeness = adjacent_likeness(metric, parity, window_size, key_mask)
         if name == "reference":

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
-from nearfield.ops.checks import no_transform
+from nearfield.ops.checks import no_autocast, no_transform
 from nearfield.ops.merge import reference
 from nearfield.ops.merge.pairs import checked, crossed_likeness
 from nearfield.ops.routing.members import largest
@@ -63,7 +63,7 @@ def bipartite_merge(
     if not num_merges:
         whole = torch.arange(num_tokens, device=x.device).expand(x.shape[:2])
         return Groups(x, whole, sizes)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         likeness = crossed_likeness(metric, key_mask)
         if name == "reference":
             tokens, groups = reference.bipartite(x, weights, likeness, num_merges)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
+from nearfield.ops.checks import no_autocast
 from nearfield.ops.routing.members import similarity, unit, unit_dtype
 
 
@@ -85,7 +86,7 @@ def ema_update(
         hot = hot & mask[..., None, None]
         directions = directions.masked_fill(~mask[..., None, None], 0)
     n = hot.sum((0, 1)).to(directions.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         total = torch.einsum("bnhc,bnhd->hcd", hot.to(directions.dtype), directions)
     if reduce is not None:
         n, total = reduce(n), reduce(total)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfield.ops.checks import no_autocast
 from nearfield.ops.routing.geometry import Routing
 
 
@@ -54,7 +55,7 @@ def chains(inside: Tensor) -> tuple[Tensor, Tensor]:
 
 def similarity(x: Tensor, centroids: Tensor) -> Tensor:
     """Products of centroids `[H, C, D]` and tokens `[B, N, H or fewer, D]` of length one `[B, H, C, N]`."""
-    with torch.autocast(x.device.type, enabled=False):  # who goes where must not depend on it
+    with no_autocast(x):  # who goes where must not depend on it
         grouped = centroids.to(unit_dtype(x)).unflatten(0, (x.shape[2], -1))  # query heads of one key head
         return torch.einsum("bnhd,hgcd->bhgcn", unit(x), grouped).flatten(1, 2)
 

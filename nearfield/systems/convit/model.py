@@ -61,6 +61,7 @@ class ConViT(Backbone):
 
     parts_name = "blocks"
     global_pool = "token"
+    normed_anywhere = True
 
     def __init__(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from nearfield.nn.attention import WindowAttention
 from nearfield.nn.position_block import PositionBlock
 from nearfield.nn.pyramid import PatchEmbed, Pyramid, Stage
 from nearfield.nn.residual import drop_path_rates
+from nearfield.ops.checks import no_autocast
 
 
 class ChannelAttention(nn.Module):
@@ -45,7 +45,7 @@ class ChannelAttention(nn.Module):
         if not self.scale_by_tokens:
             q, k, v = k, v, q
         scale = q.shape[-2 if self.scale_by_tokens else -1] ** -0.5
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return ((q.float() * scale).mT @ k.float()).softmax(-1), v
 
 

@@ -100,3 +100,8 @@ def test_official_names_become_ours():
 
 def test_cost_is_as_published():
     assert model_macs(davit_tiny()) / 1e9 == pytest.approx(4.54, rel=0.02)
+
+
+def test_shapes_are_known_without_memory():
+    with torch.device("meta"):
+        assert davit_tiny()(torch.empty(2, 3, 96, 64)).shape == (2, 1000)

@@ -85,6 +85,7 @@ class DeiT(Backbone):
 
     parts_name = "blocks"
     global_pool = "token"
+    normed_anywhere = True
 
     def __init__(
         self,

@@ -150,6 +150,7 @@ class TNT(Backbone):
 
     parts_name = "blocks"
     global_pool = "token"
+    normed_anywhere = True
 
     def __init__(
         self,
