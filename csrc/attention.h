@@ -223,7 +223,7 @@ struct Walk {
         for (int i = 0; i < lanes.count; i++) prefetch(rows[i], bytes * plan.group * p.query.stride[4], bytes * d.head);
         for (int i = 0; i < lanes.count; i += int(plan.box[3])) {
             int64_t at[3];
-            for (int a = 0; a < 3; a++) at[a] = source.token(a, lanes.position[a][i]);
+            for (int a = 0; a < 3; a++) at[a] = source.token(a, most(lanes.position[a][i], 0));
             prefetch(address(p.key, bytes, plane.batch, at[0], at[1], at[2], next), 0, bytes * d.head);
             prefetch(address(p.value, bytes, plane.batch, at[0], at[1], at[2], next), 0, bytes * d.value);
         }

@@ -40,7 +40,9 @@ typedef struct {
     int64_t dtype, border;
     int64_t batch, heads, kv_heads, head_dim, value_dim;
     nearfield_axis axis[3];
-    int64_t first_query;     // on axis x, causal 1-D only: queries are the tokens from here to the end; else 0
+    // 1-D only, else 0: queries are the tokens of axis x from here to the end. Below 0 there are more queries than keys,
+    // which have no place: allowed where each sees the whole axis (border shift, kernel_size = size, not causal, no bias).
+    int64_t first_query;
     int64_t num_sinks;       // 1-D only
     int64_t num_additional;  // additional keys, seen by every query
     double scale;

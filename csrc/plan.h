@@ -14,7 +14,7 @@ namespace {
 
 // One axis of a plane: positions inside one dilation group.
 struct PlaneAxis {
-    int64_t length, first_query;  // tokens of the group, position of its first query
+    int64_t length, first_query;  // tokens of the group, position of its first query (below 0: more queries than tokens)
     int64_t kernel_size, stride, left;
     bool is_causal, is_shifted;
     int64_t low, high;  // positions that windows may reach: outside of [0, length) only for border "pad" with a bias
@@ -79,7 +79,7 @@ inline PlaneAxis plane_axis(const nearfield_attention &problem, int number, int6
     int64_t first = number == 2 ? problem.first_query : 0;
     PlaneAxis made;
     made.length = ceil_div(axis.size - group, axis.dilation);
-    made.first_query = first > group ? ceil_div(first - group, axis.dilation) : 0;
+    made.first_query = first > group ? ceil_div(first - group, axis.dilation) : least(first, int64_t(0));
     made.kernel_size = axis.kernel_size;
     made.stride = axis.stride;
     made.left = axis.kernel_size / 2;

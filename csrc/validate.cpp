@@ -1,5 +1,6 @@
 #include "validate.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstddef>
@@ -105,17 +106,19 @@ bool attention_is_valid(const nearfield_attention &p, bool backward) {
     const nearfield_axis &z = p.axis[0], &y = p.axis[1], &x = p.axis[2];
     bool one_dimension = z.size == 1 && y.size == 1 && z.kernel_size == 1 && y.kernel_size == 1;
     if (!between(0, p.num_sinks, LARGEST) || (p.num_sinks && !one_dimension)) return false;
-    if (!between(0, p.first_query, x.size) || (p.first_query && !(one_dimension && x.is_causal))) return false;
     if (!between(0, p.num_additional, LARGEST)) return false;
+    bool sees_all = p.border == NEARFIELD_SHIFT && x.kernel_size == x.size && !x.is_causal && !p.bias;
+    if (!between(sees_all ? x.size - LONGEST : 0, p.first_query, x.size) || (p.first_query && !one_dimension)) return false;
+    int64_t num_queries = x.size - p.first_query;
     if (!p.additional_key.data != !p.additional_value.data) return false;
 
     // Whatever kernels keep for a token, a head and a channel, eight bytes at a time, can be counted.
     int64_t dims = p.head_dim + p.value_dim;
-    if (!product_fits({p.batch, z.size, y.size, x.size, p.heads, dims, 8})) return false;
+    if (!product_fits({p.batch, z.size, y.size, std::max(x.size, num_queries), p.heads, dims, 8})) return false;
     if (!product_fits({p.batch, p.num_additional, p.heads, dims, 8})) return false;
 
     const int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2;
-    const int64_t queries[] = {p.batch, z.size, y.size, x.size - p.first_query, p.heads};
+    const int64_t queries[] = {p.batch, z.size, y.size, num_queries, p.heads};
     const int64_t keys[] = {p.batch, z.size, y.size, x.size, p.kv_heads};
     const int64_t more[] = {p.batch, 1, 1, p.num_additional, p.kv_heads};
     const Use result = backward ? READ : WRITTEN;

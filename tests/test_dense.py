@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from nearfield.core import library
 from nearfield.core.errors import BackendUnavailable
-from nearfield.ops.dense import SCORES, dense_attention
-from nearfield.testing import assert_close, qkv
+from nearfield.ops import dense
+from nearfield.ops.dense import SCORES, dense_attention, native
+from nearfield.testing import assert_close, poisoned_empty, qkv
 
+compiled = pytest.mark.skipif(library.unavailable() is not None, reason="no compiled CPU kernels")
 FAST = ("tiled", "native") if library.unavailable() is None else ("tiled",)
 
 
@@ -104,11 +109,269 @@ def test_native_says_what_it_cannot() -> None:
     ):
         with pytest.raises(BackendUnavailable, match=says):
             dense_attention(q, k, v, backend="native", **options)
-    with pytest.raises(BackendUnavailable, match="as many queries as keys"):
-        dense_attention(q[:, :12], k, v, backend="native")
+    with pytest.raises(BackendUnavailable, match="at least one key"):
+        dense_attention(q, k[:, :0], v[:, :0], backend="native")
 
 
-@pytest.mark.skipif(library.kernels() is None, reason="no CPU kernels")
+def unequal(
+    queries: int, keys: int, dtype: torch.dtype = torch.float32, batch: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two key heads of 12 channels, values of 5."""
+    q, k, v = qkv(batch, max(queries, keys), 4, 12, num_kv_heads=2, value_dim=5, dtype=dtype)
+    return q[:, :queries], k[:, :keys], v[:, :keys]
+
+
+def outcomes(
+    tensors: tuple[Tensor, ...], dtype: torch.dtype, backend: str, mask: Tensor | None = None
+) -> list[Tensor]:
+    """The output and every gradient, from leaves with the strides of `tensors`."""
+    leaves = [x.to(dtype).detach().requires_grad_() for x in tensors]
+    out = dense_attention(*leaves, mask=mask, backend=backend)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out, *torch.autograd.grad(out, leaves, pull.to(tensors[0].dtype).to(dtype))]
+
+
+def check_unequal(queries: int, keys: int, dtype: torch.dtype = torch.float32, masked: bool = False) -> None:
+    tensors = unequal(queries, keys, dtype)
+    draw = torch.Generator().manual_seed(2)
+    mask = (torch.rand(2, 1, 1, keys, generator=draw) < 0.6) if masked else None
+    found = outcomes(tensors, dtype, "native", mask)
+    expected = outcomes(tensors, torch.float64, "reference", mask)
+    for number, (a, e) in enumerate(zip(found, expected, strict=True)):
+        assert_close(a, e, gradient=number > 0)
+
+
+MANY = 520  # queries that a backward takes in two pieces, of unequal sizes if there is one more
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("dtype", "masked"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, True)],
+)
+@pytest.mark.parametrize(("queries", "keys"), [(5, 17), (17, 5), (49, 300), (MANY + 1, 7), (67, 1)])
+def test_any_number_of_queries_see_all_keys(
+    queries: int, keys: int, dtype: torch.dtype, masked: bool
+) -> None:
+    with poisoned_empty():
+        check_unequal(queries, keys, dtype, masked)
+
+
+@compiled
+@pytest.mark.parametrize("isa", library.isas())
+def test_unequal_numbers_in_every_instruction_set(isa: str) -> None:
+    with library.use(isa), poisoned_empty():
+        check_unequal(MANY, 7)
+        check_unequal(21, 70, torch.bfloat16, masked=True)
+
+
+@compiled
+def test_strides_of_unequal_tensors_change_nothing() -> None:
+    views: list[Callable[[Tensor], Tensor]] = [
+        Tensor.contiguous,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.movedim(-1, 1).contiguous().movedim(1, -1),
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        lambda x: torch.cat([x, x], -2)[:, :, : x.shape[2]],
+    ]
+    for queries, keys in ((MANY, 9), (9, 40)):
+        tensors = unequal(queries, keys)
+        first, *others = (outcomes(tuple(map(view, tensors)), torch.float32, "native") for view in views)
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(MANY, 9), (20, 700)])
+def test_threads_change_no_bit_of_unequal_numbers(queries: int, keys: int, dtype: torch.dtype) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with library.grain(0):
+                results.append(outcomes(unequal(queries, keys, dtype), dtype, "native"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@compiled
+def test_hidden_keys_may_hold_anything_whatever_the_number_of_queries() -> None:
+    q, k, v = unequal(MANY, 9)
+    seen = torch.arange(9) % 4 != 1
+    dirty = [x.masked_fill(~seen[:, None, None], torch.nan).requires_grad_() for x in (k, v)]
+    out = dense_attention(q, *dirty, mask=seen, backend="native")
+    assert torch.equal(out, dense_attention(q, k, v, mask=seen, backend="native"))
+    for grad in torch.autograd.grad(out.sum(), dirty):
+        assert (grad[:, ~seen] == 0).all()
+        assert grad.isfinite().all()
+    nothing = dense_attention(q, k, v, mask=torch.zeros(9, dtype=torch.bool), backend="native")
+    assert (nothing == 0).all()
+
+
+@compiled
+def test_no_queries_leave_keys_without_a_gradient() -> None:
+    for batch, queries in ((2, 0), (0, 5)):
+        tensors = [x.requires_grad_() for x in unequal(queries, 9, batch=batch)]
+        with poisoned_empty():
+            out = dense_attention(*tensors, backend="native")
+            assert all((x == 0).all() for x in torch.autograd.grad(out.sum(), tensors))
+
+
+@compiled
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    for wanted in range(3):
+        tensors = [x.clone().requires_grad_(i == wanted) for i, x in enumerate(unequal(30, 9))]
+        dense_attention(*tensors, backend="native").sum().backward()
+        assert [x.grad is not None for x in tensors] == [i == wanted for i in range(3)]
+
+
+@compiled
+def test_the_operator_passes_torchs_own_checks() -> None:
+    forward, backward = torch.ops.nearfield.native_dense, torch.ops.nearfield.native_dense_backward
+    for queries, mask, is_causal in ((MANY, torch.rand(2, 9) < 0.7, False), (5, None, True)):
+        tensors, rest = unequal(queries, 9), (mask, is_causal, 0.5)
+        torch.library.opcheck(forward, (*(x.clone().requires_grad_() for x in tensors), *rest))
+        out, lse = forward(*tensors, *rest)
+        torch.library.opcheck(backward, (out, out, lse, *tensors, *rest))
+
+
+@compiled
+def test_the_operator_called_by_hand_refuses_what_does_not_fit() -> None:
+    forward, backward = torch.ops.nearfield.native_dense, torch.ops.nearfield.native_dense_backward
+    q, k, v = unequal(12, 9)
+    rest = (None, False, 0.5)
+    out, lse = forward(q, k, v, *rest)
+    for wrong in (
+        lambda: forward(q, k, v, None, True, 0.5),  # more causal queries than keys
+        lambda: forward(q, k[:, :0], v[:, :0], *rest),
+        lambda: forward(q, k[:, :8], v, *rest),
+        lambda: forward(q[:, :, :3], k, v, *rest),
+        lambda: forward(q, k, v.double(), *rest),
+        lambda: forward(q, k, v, torch.ones(1, 9, dtype=torch.bool), False, 0.5),
+        lambda: forward(q, k, v, torch.ones(2, 9), False, 0.5),
+        lambda: backward(out[:, 1:], out, lse, q, k, v, *rest),
+        lambda: backward(out.double(), out, lse, q, k, v, *rest),
+        lambda: backward(out, out.bfloat16(), lse, q, k, v, *rest),
+        lambda: backward(out, out, lse[:, 1:], q, k, v, *rest),
+        lambda: backward(out, out, lse.double(), q, k, v, *rest),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            wrong()
+
+
+@compiled
+def test_second_derivatives_of_unequal_numbers_are_refused() -> None:
+    tensors = [x.requires_grad_() for x in unequal(12, 9)]
+    (grad,) = torch.autograd.grad(
+        dense_attention(*tensors, backend="native").sum(), tensors[0], create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match='"native" .* backend="reference"'):
+        grad.sum().backward()
+
+
+@compiled
+@pytest.mark.compile
+def test_unequal_numbers_compile_whole_and_may_move() -> None:
+    torch._dynamo.reset()
+
+    def call(*tensors: Tensor) -> Tensor:
+        return dense_attention(*tensors, backend="native")
+
+    whole = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for queries, keys in ((12, 9), (30, 11), (10, 40)):
+        results = []
+        for function in (whole, call):
+            leaves = [x.clone().requires_grad_() for x in unequal(queries, keys)]
+            out = function(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.compile
+def test_unequal_numbers_that_move_are_exported() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return dense_attention(q, k, v)
+
+    queries, keys = (torch.export.Dim(name, min=10, max=5000) for name in ("queries", "keys"))
+    shapes = ({1: queries}, {1: keys}, {1: keys})
+    example = tuple(x.contiguous() for x in unequal(30, 12))
+    program = torch.export.export(Module(), example, dynamic_shapes=shapes)
+    for sizes in ((400, 300), (12, 40)):
+        assert_close(program.module()(*unequal(*sizes)), dense_attention(*unequal(*sizes)))
+
+
+@compiled
+def test_vmap_of_unequal_numbers_is_a_batch() -> None:
+    q, k, v = (torch.stack([x, x.flip(1), x + 1]) for x in unequal(30, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [1]])
+
+    def call(*tensors: Tensor) -> Tensor:
+        return dense_attention(*tensors[:3], mask=tensors[3], backend="native")
+
+    expected = torch.stack([call(*parts) for parts in zip(q, k, v, mask, strict=True)])
+    assert torch.equal(torch.vmap(call)(q, k, v, mask), expected)
+    expected = torch.stack([call(x, k[0], v[0], mask[0]) for x in q])
+    assert torch.equal(torch.vmap(call, (0, None, None, None))(q, k[0], v[0], mask[0]), expected)
+
+
+def spoil(problem: library.Attention, how: str) -> None:
+    if how == "one key too few":
+        problem.axis[2].size -= 1
+        problem.axis[2].kernel_size -= 1
+        problem.first_query -= 1
+    elif how == "one query too few":
+        problem.first_query += 1
+    else:
+        problem.scale *= 1.1
+
+
+@compiled
+@pytest.mark.parametrize("how", ["one key too few", "one query too few", "another scale"])
+def test_a_kernel_that_does_something_else_is_caught(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native._blank
+
+    def wrong(*given: Any) -> bytes:
+        problem = library.Attention.from_buffer_copy(right(*given))
+        spoil(problem, how)
+        return bytes(problem)
+
+    monkeypatch.setattr(native, "_blank", wrong)
+    for queries in (60, MANY):
+        with poisoned_empty(), pytest.raises(AssertionError, match="relative rms error"):
+            check_unequal(queries, 9)
+
+
+@compiled
+def test_a_backward_that_forgets_a_piece_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native.call
+
+    def forgetful(name: str, problems: Any, count: int) -> None:
+        right(name, problems, max(count - 1, 1))
+
+    check_unequal(MANY, 9)
+    monkeypatch.setattr(native, "call", forgetful)
+    with poisoned_empty(), pytest.raises(AssertionError, match="relative rms error"):
+        check_unequal(MANY, 9)
+
+
+@compiled
+def test_auto_leaves_to_torch_what_torch_does_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    right = native.attend
+    monkeypatch.setattr(native, "attend", lambda *given: calls.append(1) or right(*given))
+    tensors = unequal(300, 20)
+    dense_attention(*tensors)
+    assert not calls
+    monkeypatch.setitem(dense.LIMITS, torch.float32, (20, 1e5))
+    dense_attention(*tensors)
+    assert calls
+
+
+@compiled
 @pytest.mark.parametrize("queries", [1, 2])
 def test_few_queries_read_the_keys_as_decoding_does(queries: int) -> None:
     q, k, v = qkv(2, 300, 6, 16, num_kv_heads=2, value_dim=10)

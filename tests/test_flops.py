@@ -64,6 +64,10 @@ def test_windows_and_dense_attention_count_all_their_pairs(backend: str) -> None
     assert count == 2 * 2 * 24 * 4 * 16 or backend == "reference"  # which multiplies what it masks
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     assert count_flops(lambda: dense_attention(q, k, v, backend=backend)) == 2 * 2 * 24 * 24 * 16
+    few = (k[:, :9], v[:, :9])
+    assert count_flops(lambda: dense_attention(q, *few, backend=backend)) == 2 * 2 * 24 * 9 * 16
+    causal = count_flops(lambda: dense_attention(q[:, -10:], k, v, is_causal=True, backend=backend))
+    assert causal == 2 * 2 * sum(range(15, 25)) * 16 or backend != "native"  # others multiply what they mask
 
 
 def test_torchs_fused_attention_is_counted_on_the_cpu() -> None:

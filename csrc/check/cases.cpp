@@ -135,8 +135,13 @@ nearfield_attention draw_numbers(Draw &draw, bool large, bool bias) {
     const nearfield_axis &x = p.axis[2];
     if (rank == 1 && draw.chance(0.35)) p.num_sinks = draw.pick({int64_t(1), int64_t(4), draw.between(1, x.size + 3)});
     if (rank == 1 && draw.chance(0.02)) p.num_sinks = int64_t(1) << 40;
-    if (rank == 1 && x.is_causal && draw.chance(0.4))
+    if (rank == 1 && draw.chance(x.is_causal ? 0.4 : 0.2))
         p.first_query = draw.chance(0.7) ? std::max<int64_t>(0, x.size - draw.between(0, 5)) : draw.between(0, x.size);
+    if (rank == 1 && !bias && draw.chance(0.15)) {  // any number of queries that see all keys
+        p.border = NEARFIELD_SHIFT;
+        p.axis[2] = {x.size, x.size, draw.chance(0.8) ? 1 : draw.between(1, x.size), 1, 0};
+        p.first_query = draw.chance(0.3) ? draw.between(0, x.size) : -draw.pick({int64_t(1), draw.between(1, 20), 3 * x.size});
+    }
     if (draw.chance(0.25)) p.num_additional = draw.between(1, 9);
     p.scale = std::pow(double(p.head_dim), -0.5) * draw.pick({1.0, 1.0, 0.5, 1.5, -1.0});
     return p;
@@ -146,6 +151,10 @@ double work(const nearfield_attention &p, bool bias) {
     double count = 1;
     for (const nearfield_axis &axis : p.axis) count *= pairs(axis, p.border, bias);
     double tokens = double(key_shape(p, 1).count() / std::max<int64_t>(1, p.batch * p.kv_heads));
+    if (p.first_query < 0) {  // more queries than keys, which see them all
+        double queries = double(p.axis[2].size - p.first_query);
+        count = queries * tokens, tokens = queries;
+    }
     count += tokens * double(p.num_additional + std::min(p.num_sinks, p.axis[2].size));
     return double(p.batch * p.heads) * (count + tokens) * double(p.head_dim + p.value_dim);
 }
@@ -254,7 +263,7 @@ Case make_attention(Draw &draw, bool bias, bool grad_bias, bool far) {
         }
         p.key_mask = mask;
     }
-    bool fused = !far && p.batch > 0 && p.first_query < p.axis[2].size && draw.chance(0.15);
+    bool fused = !far && p.batch > 0 && p.first_query >= 0 && p.first_query < p.axis[2].size && draw.chance(0.15);
     if (fused) {  // slices of the output of one linear layer
         int64_t width = p.heads * p.head_dim, row = width + p.kv_heads * (p.head_dim + p.value_dim);
         int64_t y = p.axis[2].size * row, z = p.axis[1].size * y, batch = p.axis[0].size * z;

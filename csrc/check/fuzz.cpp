@@ -68,7 +68,10 @@ nearfield_attention whole_attention(Draw &draw, Arena &arena, bool grad_bias) {
         a.dilation += draw.between(0, 2), a.kernel_size += draw.between(0, 3);
     }
     if (rank == 1) p.num_sinks = draw.between(0, 12);
-    if (rank == 1 && p.axis[2].is_causal) p.first_query = draw.between(0, p.axis[2].size);
+    if (rank == 1 && draw.chance(0.5)) p.first_query = draw.between(0, p.axis[2].size);
+    bool all = rank == 1 && !grad_bias && draw.chance(0.1);  // more queries than keys
+    if (all) p.axis[2] = {p.axis[2].size, p.axis[2].size, 1, 1, 0}, p.border = NEARFIELD_SHIFT;
+    if (all) p.axis[2].stride = draw.between(1, p.axis[2].size), p.first_query = -draw.between(1, 40);
     const int64_t x = p.axis[2].size, queries[] = {p.batch, p.axis[0].size, p.axis[1].size, x - p.first_query, p.heads};
     const int64_t keys[] = {p.batch, p.axis[0].size, p.axis[1].size, x, p.kv_heads};
     if (draw.chance(0.5)) {
@@ -86,7 +89,7 @@ nearfield_attention whole_attention(Draw &draw, Arena &arena, bool grad_bias) {
     p.grad_query = contiguous(arena, queries, p.head_dim), p.grad_key = contiguous(arena, keys, p.head_dim);
     p.grad_value = contiguous(arena, keys, p.value_dim);
     int64_t entries = p.heads * check::bias_size(p);
-    if (grad_bias || draw.chance(0.3)) p.bias = static_cast<float *>(arena.take(4 * entries));
+    if (grad_bias || (!all && draw.chance(0.3))) p.bias = static_cast<float *>(arena.take(4 * entries));
     if (grad_bias) p.grad_bias = static_cast<float *>(arena.take(4 * entries));
     if (draw.chance(0.3)) p.key_mask = static_cast<uint8_t *>(arena.take(p.batch * keys[1] * keys[2] * x));
     if (draw.chance(0.3)) p.sink_logits = static_cast<float *>(arena.take(4 * p.heads));
@@ -147,12 +150,14 @@ bool is_whole(const nearfield_attention &p, bool backward) {
     }
     const nearfield_axis &z = p.axis[0], &y = p.axis[1], &x = p.axis[2];
     bool line = z.size == 1 && y.size == 1 && z.kernel_size == 1 && y.kernel_size == 1;
-    if (!in(0, p.num_sinks, line ? MOST : 0) || !in(0, p.first_query, line && x.is_causal ? x.size : 0)) return false;
+    if (!in(0, p.num_sinks, line ? MOST : 0) || p.first_query > (line ? x.size : 0)) return false;
+    bool all = line && p.border == NEARFIELD_SHIFT && x.kernel_size == x.size && !x.is_causal && !p.bias;
+    if (p.first_query < (all ? x.size - INT32_MAX : 0)) return false;
     if (!in(0, p.num_additional, MOST) || !p.additional_key.data != !p.additional_value.data) return false;
     int64_t dims = p.head_dim + p.value_dim;
-    if (product({p.batch, z.size, y.size, x.size, p.heads, dims, 8}) > INT64_MAX) return false;
-    if (product({p.batch, p.num_additional, p.heads, dims, 8}) > INT64_MAX) return false;
     int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2, count = x.size - p.first_query;
+    if (product({p.batch, z.size, y.size, std::max(x.size, count), p.heads, dims, 8}) > INT64_MAX) return false;
+    if (product({p.batch, p.num_additional, p.heads, dims, 8}) > INT64_MAX) return false;
     auto query = [&](const nearfield_tensor &t, int64_t channels, int64_t bytes, Use use) {
         return fits(t.data, bytes, {p.batch, z.size, y.size, count, p.heads}, t.stride, channels, use);
     };

@@ -74,6 +74,13 @@ def _decode(given: Named) -> int | float:
     return _products(query[0] * query[1] * query[2] * key[1], query, value)
 
 
+def _dense(given: Named) -> int | float:
+    """Causal queries are the last of the keys."""
+    (batch, rows, heads, _), keys = given["query"], given["key"][1]
+    pairs = rows * (2 * keys - rows + 1) // 2 if given["is_causal"] else rows * keys
+    return _products(batch * heads * pairs, given["query"], given["value"])
+
+
 def _linear(given: Named) -> int | float:
     """Products within chunks, where there are any, then with the state.
 
@@ -121,6 +128,7 @@ FORMULAS: dict[Callable[[Named], int | float], tuple[str, ...]] = {
     _attention: ("nearfield::native_attention", "nearfield::tiled_attention"),
     _packed: ("nearfield::native_attention_varlen",),
     _decode: ("nearfield::native_decode",),
+    _dense: ("nearfield::native_dense",),
     _linear: ("nearfield::native_linear", "nearfield::tiled_linear", "nearfield::triton_linear"),
     _local_linear: (
         "nearfield::native_lla",

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
 from nearfield.ops.checks import check_heads, no_transform, scale_or_default, under_autocast
-from nearfield.ops.dense import reference
+from nearfield.ops.dense import native, reference
 from nearfield.ops.dense.reference import SCORES, Score
-from nearfield.ops.neighborhood import native
-from nearfield.ops.neighborhood.geometry import LARGEST, Neighborhood
-from nearfield.ops.neighborhood.operator import bind
+from nearfield.ops.kernels import missing, unfit
+from nearfield.ops.neighborhood.native import decode
 
 __all__ = ["SCORES", "Score", "dense_attention"]
 
 OP = "dense_attention"
+# Keys and products from which the native kernels are faster than torch's, which has less to do around them.
+LIMITS = {torch.float32: (256, 6e7), torch.bfloat16: (32, 4e6), torch.float16: (16, 1e6)}
 FEW = 8  # rows (queries times heads that share a key head) up to which reading the keys is what takes time
-# for the native kernels: windows that no row is long enough to fill
-ALL, PAST = Neighborhood(LARGEST, border="truncate"), Neighborhood(LARGEST, is_causal=True)
 
 
 def dense_attention(
@@ -78,12 +77,22 @@ def dense_attention(
         if score != "softmax":
             return Verdict("the CPU kernels know only the softmax.")
         if is_few and num_keys and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)):
-            return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+            return Verdict(no_transform() or unfit(query, value, factor) or missing())
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[2] != 1):
             return Verdict("the CPU kernels take a mask of keys, the same for all heads and queries.")
-        if (num_queries != num_keys and not is_causal) or num_keys == 0:
-            return Verdict("the CPU kernels need as many queries as keys, unless they are causal.")
-        return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+        if num_keys == 0:
+            return Verdict("the CPU kernels need at least one key.")
+        reason = no_transform() or unfit(query, value, factor) or missing()
+        if reason is None and not is_causal and num_queries != num_keys and not is_worth_it():
+            return Verdict(None, "torch's fused attention is faster on so few keys, or so little work.")
+        return Verdict(reason)
+
+    def is_worth_it() -> bool:
+        if torch.compiler.is_exporting():
+            return False  # sizes may move there, and would be held to this side of the limits
+        few, little = LIMITS[query.dtype]
+        products = batch * num_heads * num_queries * num_keys * (head_dim + value.shape[-1])
+        return num_keys >= few and products >= little
 
     def ask_tiled() -> Verdict:
         return Verdict(None if score == "softmax" else "torch's fused attention knows only the softmax.")
@@ -101,11 +110,10 @@ def dense_attention(
             visible, _ = _seen(query, key, mask, is_causal and num_queries > 1)
             if visible is not None:
                 visible = visible[:, 0].expand(-1, num_queries, num_keys)
-            return native.decode(query, key, value, visible, None, factor)[0]
+            return decode(query, key, value, visible, None, factor)[0]
         if name == "native":
-            bound = bind(PAST if is_causal else ALL, (num_keys,), num_queries)
             key_mask = None if mask is None else mask[:, 0, 0].expand(batch, num_keys)
-            return native.attend(query, key, value, bound, key_mask=key_mask, scale=factor)[0]
+            return native.attend(query, key, value, key_mask, is_causal, factor)
         return _fused(query, key, value, mask, is_causal, factor)
 
     return under_autocast(attend, query, key, value)
