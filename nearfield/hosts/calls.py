@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -34,11 +34,15 @@ class Seen:
     mask: Tensor | None = None  # without what is_causal and key_mask say
     key_mask: Tensor | None = None  # [B, M]; a float one is added to the scores
     dropout: float = 0.0
+    host: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # what follows, on other tensors
+    is_twin: bool = False  # `host` is SDPA in the place of a fused path that has the site inside
 
     def site(self, name: str, grids: Sequence[tuple[int, ...]]) -> Site:
         """What is known of the place this call was made at."""
         grid, prefix = _fit(grids, self.key.shape[1]) if self.role == "self" else (None, 0)
-        return Site(name, self.role, grid, prefix, self.is_causal, self.query.shape[2], self.key.shape[2])
+        rows, keys = range(self.query.shape[1]), range(self.key.shape[1])
+        heads = self.query.shape[2], self.key.shape[2]
+        return Site(name, self.role, grid, prefix, self.is_causal, *heads, rows, keys)
 
     def complete_mask(self) -> Tensor | None:
         """One mask that says everything, or None where the site's causality says all."""
@@ -94,6 +98,7 @@ def sdpa(
     who: Asked,
     module: nn.Module,
     context: Any,
+    follow: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,7 +108,10 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """What `who` answers to an SDPA call, in SDPA's layout `[..., heads, N, D]`."""
+    """What `who` answers to an SDPA call, in SDPA's layout `[..., heads, N, D]`.
+
+    `follow` is SDPA itself, or whoever is asked next.
+    """
     if query.is_nested or (is_causal and attn_mask is not None):
         return None  # the first has no grid, the second torch refuses
     rank, n, m = query.ndim, query.shape[-2], key.shape[-2]
@@ -130,12 +138,20 @@ def sdpa(
     elif mask is not None and _is_causal_mask(mask, n, m):
         causal, mask = True, None
     role: Role = "self" if n == m and context is None else "cross"
-    out = who.answer(module, Seen(query, key, value, role, causal, scale, mask, key_mask, dropout_p))
-    if out is None:
-        return None
-    out = out.transpose(1, 2)
-    out = out.reshape(*lead, *out.shape[1:])
-    return out if rank > 3 else out.squeeze(-3)
+
+    def back(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        x = x.reshape(*lead, *x.shape[1:])
+        return x if rank > 3 else x.squeeze(-3)
+
+    def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        out = follow(back(query), back(key), back(value), enable_gqa=enable_gqa, **options)
+        return _heads_last(out if rank > 3 else out.unsqueeze(-3), lead)
+
+    seen = Seen(query, key, value, role, causal, scale, mask, key_mask, dropout_p, host)
+    out = who.answer(module, seen)
+    return None if out is None else back(out)
 
 
 def multihead(
@@ -149,8 +165,12 @@ def multihead(
     attn_mask: Tensor | None,
     is_causal: bool,
     need_weights: bool,
+    follow: Callable[[Seen], Tensor | None] = lambda seen: None,
 ) -> Tensor | None:
-    """What `who` answers to a call of multi-head attention, after the output projection."""
+    """What `who` answers to a call of multi-head attention, after the output projection.
+
+    `follow` asks those who would be asked next.
+    """
     role: Role = "self" if query is key or query is value else "cross"
     batched, batch_first = query.ndim == 3, weights.batch_first
     q, k, v = _project(weights, query, key, value)
@@ -178,6 +198,7 @@ def multihead(
         mask = mask.view(len(q), -1, *size) if mask.ndim == 3 and len(mask) != 1 else mask
         seen.is_causal = size[0] == size[1] and (is_causal or _is_causal_mask(mask, *size))
         seen.mask = None if seen.is_causal else mask[(None,) * (4 - mask.ndim)]
+    seen = with_twin(seen, follow)
     out = who.answer(module, seen)
     if out is None:
         return None
@@ -187,7 +208,26 @@ def multihead(
     return out if batch_first else out.transpose(0, 1)
 
 
-def functional_multihead(who: Asked, module: nn.Module, context: Any, *args: Any, **kwargs: Any) -> Any:
+def with_twin(seen: Seen, follow: Callable[[Seen], Tensor | None]) -> Seen:
+    """The call with SDPA as its host, where `follow` answers None."""
+
+    def host(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        changed = replace(seen, query=query, key=key, value=value)
+        out = follow(changed)
+        if out is not None:
+            return out
+        mask = changed.complete_mask()
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        causal = seen.is_causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, seen.dropout, causal, scale=seen.scale)
+        return out.transpose(1, 2)
+
+    return replace(seen, host=host, is_twin=True)
+
+
+def functional_multihead(
+    who: Asked, module: nn.Module, context: Any, follow: Any, *args: Any, **kwargs: Any
+) -> Any:
     """What `who` answers to a direct call of `F.multi_head_attention_forward`."""
     bound = MHA_SIGNATURE.bind(*args, **kwargs)
     bound.apply_defaults()

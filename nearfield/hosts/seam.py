@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,10 @@ class Site:
 
     `grid` is the spatial grid of the tokens after the first `num_prefix` class or register tokens: (N,) for
     text, (H, W) for images, None where the tokens form no grid that is known.
+
+    `rows` and `keys` are the places of one call's queries and keys in the whole sequence, its padding and
+    what a cache holds counted: a decode step at token 40 has rows 40:41. The keys of a window that has moved
+    on begin later. Sites that are listed without a call have empty ones.
     """
 
     name: str
@@ -35,12 +39,23 @@ class Site:
     is_causal: bool
     num_heads: int
     num_kv_heads: int
+    rows: range = field(default=range(0), compare=False, repr=False)
+    keys: range = field(default=range(0), compare=False, repr=False)
+
+    @property
+    def layer(self) -> int | None:
+        """The first number in the name: for decoders and encoders, the layer."""
+        return next((int(part) for part in self.name.split(".") if part.isdecimal()), None)
 
 
 @dataclass
 class Call:
     """One attention call. Where `mask` is None and the site is causal, causality is the handler's to apply;
-    where `mask` is given it is complete: booleans say who may be seen, floats are added to the scores."""
+    where `mask` is given it is complete: booleans say who may be seen, floats are added to the scores.
+
+    `host(query, key, value)` is what would follow on these tensors if the handler answered None: outer
+    handlers, then the host itself. With the call's own tensors its bits are the host's where `is_exact`.
+    """
 
     site: Site
     module: nn.Module
@@ -49,19 +64,29 @@ class Call:
     value: Float[Tensor, "b m kv_heads dv"]
     mask: Shaped[Tensor, "..."] | None  # broadcastable to [B, H, N, M]
     scale: float
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap) before the mask
+    dropout: float = 0.0
+    host: Callable[[Tensor, Tensor, Tensor], Tensor] = field(default=lambda *_: _no_host(), repr=False)
+    is_exact: bool = True
+
+
+def _no_host() -> Tensor:
+    raise RuntimeError("This call was made by hand and has no host to go on with.")
 
 
 Handler = Callable[[Call], Tensor | None]  # [B, N, H, Dv], or None: the host's own computation goes on
 
 
 @contextmanager
-def attention(model: nn.Module, handler: Handler) -> Iterator[nn.Module]:
+def attention(model: nn.Module, handler: Handler, *, softcap: bool = False) -> Iterator[nn.Module]:
     """Every attention call of `model` in this thread goes to `handler` first, until the `with` ends.
 
     Where the handler answers None the host goes on bit-equal to a run without it; where it answers a tensor
     `[B, N, heads, Dv]`, that is the site's result (attention dropout is then the handler's own matter).
     Nested: the innermost handler is asked first, the outer one where it answers None. A compiled host runs
     eagerly inside. After the `with`, also after an exception, nothing remains.
+
+    `softcap=True` says that the handler minds `call.softcap`; without it, hosts that cap scores are refused.
     """
     from nearfield.hosts import torch_nn
 
@@ -72,7 +97,7 @@ def attention(model: nn.Module, handler: Handler) -> Iterator[nn.Module]:
         for prefix, guest in guests.items():
             from nearfield.hosts import transformers
 
-            stack.enter_context(transformers.attention(guest, _named(handler, prefix)))
+            stack.enter_context(transformers.attention(guest, _named(handler, prefix), softcap=softcap))
         yield model
 
 
@@ -86,6 +111,15 @@ def sites(model: nn.Module, *args: Any, **kwargs: Any) -> list[Site]:
     with attention(model, note), torch.no_grad():
         model(*args, **kwargs)
     return list(found.values())
+
+
+def listed_sites(model: nn.Module) -> list[Site] | None:
+    """The sites of a model that can be told without a forward: transformers models; None for others."""
+    if "" not in _transformers_parts(model):
+        return None
+    from nearfield.hosts import transformers
+
+    return transformers.sites(model)
 
 
 def _transformers_parts(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.overrides import (
     _push_mode,
 )
 
-from nearfield.hosts.calls import OPENINGS, Asked, Seen, context_of, multihead, note_grid
+from nearfield.hosts.calls import OPENINGS, Asked, Seen, context_of, multihead, note_grid, with_twin
 from nearfield.hosts.local import attend
 from nearfield.hosts.seam import Call, Handler
 
@@ -55,6 +56,9 @@ class Session(TorchFunctionMode, Asked):
         site = seen.site(self.names.get(module, ""), list(self._state().grids.values()))
         scale = seen.query.shape[-1] ** -0.5 if seen.scale is None else seen.scale
         call = Call(site, module, seen.query, seen.key, seen.value, seen.complete_mask(), scale)
+        call.dropout, call.is_exact = seen.dropout, not seen.is_twin
+        if seen.host is not None:
+            call.host = seen.host if seen.is_twin else _awake(seen.host)
         with _without(self), _busy(), _stance("default"):
             out = self.handler(call)
         wanted = (*seen.query.shape[:3], seen.value.shape[-1])
@@ -94,7 +98,7 @@ class Session(TorchFunctionMode, Asked):
             return func(*args, **kwargs)
         module = state.running[-1]
         if func in OPENINGS:
-            out = OPENINGS[func](self, module, context_of(module, state.given[-1]), *args, **kwargs)
+            out = OPENINGS[func](self, module, context_of(module, state.given[-1]), func, *args, **kwargs)
             return func(*args, **kwargs) if out is None else out
         result = func(*args, **kwargs)
         self._notice_eager(module, getattr(func, "__name__", ""), args, kwargs, result)
@@ -291,6 +295,16 @@ class Forward:
         else:
             del vars(self.module)["forward"]
 
+    def follow(self, seen: Seen) -> Tensor | None:
+        """What those answer over whose forward this one was laid."""
+        below: Any = self.__wrapped__
+        if not isinstance(below, type(self)):
+            return None
+        module: Any = self.module
+        attn = module.self_attn if _is_standard_layer(module) else module
+        out = below.who.answer(attn, with_twin(seen, below.follow)) if below.who.listening() else None
+        return below.follow(seen) if out is None else out
+
 
 class MultiheadForward(Forward):
     """`nn.MultiheadAttention` that asks first. Attention weights of an answered site are not known: None."""
@@ -310,7 +324,7 @@ class MultiheadForward(Forward):
         if not self.who.listening():
             return self.__wrapped__(query, key, value, *given)
         masks = key_padding_mask, attn_mask, is_causal, need_weights
-        out = multihead(self.who, self.module, self.module, query, key, value, *masks)
+        out = multihead(self.who, self.module, self.module, query, key, value, *masks, self.follow)
         if out is not None:
             return out, None
         with self.who.aside():
@@ -337,7 +351,8 @@ class EncoderLayerForward(Forward):
             padding = torch.arange(x.shape[1], device=src.device) >= lengths[:, None]
         normed = layer.norm1(x) if layer.norm_first else x
         attn = layer.self_attn
-        out = multihead(self.who, attn, attn, normed, normed, normed, padding, src_mask, is_causal, False)
+        given = (normed, normed, normed, padding, src_mask, is_causal, False)
+        out = multihead(self.who, attn, attn, *given, self.follow)
         if out is None:
             with self.who.aside():
                 return self.__wrapped__(src, src_mask, src_key_padding_mask, is_causal)
@@ -381,11 +396,17 @@ class SdpaMode(TorchFunctionMode):
             for mode in _get_current_function_mode_stack()
             if isinstance(mode, Session) and mode.listening()
         ]
-        for who in (*reversed(watching), self.who):
-            out = OPENINGS[func](who, self.module, self.context, *args, **kwargs)
-            if out is not None:
-                return out
-        return func(*args, **kwargs)
+        chain = (*reversed(watching), self.who)
+
+        def ask(first: int, *args: Any, **kwargs: Any) -> Any:
+            for at in range(first, len(chain)):
+                following = partial(ask, at + 1)
+                out = OPENINGS[func](chain[at], self.module, self.context, following, *args, **kwargs)
+                if out is not None:
+                    return out
+            return func(*args, **kwargs)
+
+        return ask(0, *args, **kwargs)
 
 
 def _opening(module: nn.Module, who: Asked) -> Forward | None:
@@ -461,6 +482,19 @@ def _busy() -> Iterator[None]:
         yield
     finally:
         _here.busy -= 1
+
+
+def _awake(host: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The host's own computation as a handler may call it: other sites' askers hear it."""
+
+    def run(*given: Tensor) -> Tensor:
+        _here.busy -= 1
+        try:
+            return host(*given)
+        finally:
+            _here.busy += 1
+
+    return run
 
 
 def _stance(name: str) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from nearfield.core import per_dim, require
 from nearfield.hosts.local import attend
-from nearfield.hosts.seam import Call, Handler, Site
+from nearfield.hosts.seam import Call, Handler, Role, Site
+from nearfield.hosts.transformers_eager import eager, seen_before
 from nearfield.hosts.transformers_masks import Reading, dense_mask, mark, read_mask
 from nearfield.hosts.transformers_sites import (
     PatchGrid,
@@ -32,6 +34,7 @@ from nearfield.hosts.transformers_sites import (
     is_attention,
     is_causal_site,
     layer_type,
+    line_of,
     names_of,
     native_window,
     num_kv_heads_of,
@@ -62,25 +65,28 @@ _lock = threading.RLock()
 
 
 @contextmanager
-def attention(model: nn.Module, handler: Handler) -> Iterator[nn.Module]:
+def attention(model: nn.Module, handler: Handler, *, softcap: bool = False) -> Iterator[nn.Module]:
     """`seam.attention` for a transformers model: calls with clean, unrepeated key/value heads.
 
     Inside the `with` the model runs on torch SDPA, bit-equal to itself under `attn_implementation="sdpa"`,
-    wherever the handler answers None. On a converted model that goes on with the local pattern.
+    wherever the handler answers None; sites that cap their scores run on the library's eager function, as
+    they do outside. On a converted model that goes on with the local pattern.
     """
     _register()
     from nearfield.hosts.torch_nn import _stance
 
-    watcher = _Watcher(handler, threading.get_ident(), names_of(model))
+    watcher = _Watcher(handler, threading.get_ident(), names_of(model), softcap)
     modules = set(model.modules())
-    refuse_unswitchable(model, modules)
+    refuse_unswitchable(model, modules, softcap)
     with ExitStack() as stack:
         grids = watch_grids(model, modules, stack)
+        stack.callback(_unwatch, modules, watcher)
         for module in modules:
-            seat = _seat(module, stack)
             with _lock:
+                seat = module.__dict__.setdefault(SEAT, _Seat())
                 seat.watchers += ((watcher, grids.get(module)),)
-            stack.callback(_unwatch, seat, watcher)
+            if is_attention(module):
+                stack.callback(module.register_forward_pre_hook(watcher.begin, with_kwargs=True).remove)
         _switch(configs_of(modules), stack)
         stack.enter_context(_stance("force_eager"))
         yield model
@@ -166,6 +172,20 @@ class _Watcher:
     handler: Handler
     thread: int
     names: dict[nn.Module, str] = field(repr=False)
+    softcap: bool = False
+    at: dict[nn.Module, int] = field(default_factory=dict, repr=False)  # place of the next query
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: the module's next query follows those that its cache has seen."""
+        if self.listening():
+            self.at[module] = seen_before(module, args, kwargs)
+
+    def places(self, module: nn.Module, role: Role, num_queries: int, num_keys: int) -> tuple[range, range]:
+        """The places of the queries and keys of a call; a module may call several times, part by part."""
+        first = self.at.get(module, max(0, num_keys - num_queries))
+        self.at[module] = first + num_queries
+        start = 0 if role == "cross" else max(0, first + num_queries - num_keys)
+        return range(first, first + num_queries), range(start, start + num_keys)
 
     def listening(self) -> bool:
         """Whether this thread's calls are the handler's. A backward may recompute in a thread of its own."""
@@ -234,8 +254,10 @@ def _attention_function(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     def host(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        options = {"dropout": dropout, "scaling": scaling, **kwargs}
+        if kwargs.get("softcap") is not None:
+            return eager(module, query, key, value, mask, is_causal, options)
+        return sdpa_attention_forward(module, query, key, value, mask, is_causal=is_causal, **options)[0]
 
     seat: _Seat | None = module.__dict__.get(SEAT)
     watchers = () if seat is None else tuple(pair for pair in seat.watchers if pair[0].listening())
@@ -244,8 +266,9 @@ def _attention_function(
         return host(query, key, value, attention_mask), None
 
     name = route.name if route is not None else watchers[-1][0].names[module]
+    heeded = {"softcap"} if route is None and all(watcher.softcap for watcher, _ in watchers) else ()
     for option, what in BEYOND.items():
-        if kwargs.get(option) is not None:
+        if kwargs.get(option) is not None and option not in heeded:
             raise NotImplementedError(
                 f"Site {name!r} {what} ({option}), which only the host itself can do. Leave it out."
             )
@@ -262,48 +285,68 @@ def _attention_function(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     role = role_of(module, name)
 
-    def site(name: str, grid: PatchGrid | None) -> Site:
+    def site(name: str, grid: PatchGrid | None, rows: range = range(0), keys: range = range(0)) -> Site:
         if role == "cross":
             sides, prefix = None, 0
         else:
-            sides, prefix = ((key.shape[2],), 0) if grid is None else grid.fit(key.shape[2])
-        return Site(name, role, sides, prefix, bool(causal), query.shape[1], key.shape[1])
+            sides, prefix = line_of(module, key.shape[2]) if grid is None else grid.fit(key.shape[2])
+        return Site(name, role, sides, prefix, bool(causal), query.shape[1], key.shape[1], rows, keys)
 
-    for watcher, grid in reversed(watchers):
-        if layer is not None and layer.seen > num_queries:
+    if layer is not None and watchers and layer.seen > num_queries:
+        raise NotImplementedError(
+            f"Site {name!r} decodes from a cache that holds only windows and sinks, so its calls cannot "
+            "be shown whole. Run with use_cache=False inside the `with`, or watch the model before it is "
+            "converted."
+        )
+    asked = [
+        (watcher, site(watcher.names[module], grid, *watcher.places(module, role, num_queries, num_keys)))
+        for watcher, grid in reversed(watchers)
+    ]
+    wanted = (query.shape[0], num_queries, query.shape[1], value.shape[-1])
+
+    def ask(first: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What the handlers from `first` on, and the host after them, make of `[B, heads, N, D]`."""
+        for at in range(first, len(asked)):
+            watcher, place = asked[at]
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            call = Call(place, module, q, k, v, attention_mask, scale)
+            call.softcap, call.dropout = kwargs.get("softcap"), dropout
+            call.host = partial(_heads_first, partial(ask, at + 1))
+            out = watcher.handler(call)
+            if out is not None:
+                if tuple(out.shape) != wanted:
+                    raise ValueError(
+                        f"The handler gave {tuple(out.shape)} at site {name!r}. Give [B, N, heads, Dv] = "
+                        f"{wanted}, or None."
+                    )
+                return out
+        return last(query, key, value)
+
+    def last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if route is None:
+            return host(query, key, value, attention_mask)
+        if dropout and any(part.pattern is not None for part in route.parts):
             raise NotImplementedError(
-                f"Site {name!r} decodes from a cache that holds only windows and sinks, so its calls cannot "
-                "be shown whole. Run with use_cache=False inside the `with`, or watch the model before it is "
-                "converted."
+                f"Site {name!r} is local and drops attention weights with probability {dropout}, which local "
+                "attention cannot. Set the attention dropout of its config to 0, or call .eval()."
             )
-        place = site(watcher.names[module], grid)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out = watcher.handler(Call(place, module, q, k, v, attention_mask, scale))
-        if out is not None:
-            wanted = (query.shape[0], num_queries, query.shape[1], value.shape[-1])
-            if tuple(out.shape) != wanted:
-                raise ValueError(
-                    f"The handler gave {tuple(out.shape)} at site {name!r}. Give [B, N, heads, Dv] = "
-                    f"{wanted}, or None."
-                )
-            if layer is not None and route is not None:
-                _store(layer, _reading(route, bool(causal), attention_mask))
-            return out, None
-    if route is None:
-        return host(query, key, value, attention_mask), None
-    if dropout and any(part.pattern is not None for part in route.parts):
-        raise NotImplementedError(
-            f"Site {name!r} is local and drops attention weights with probability {dropout}, which local "
-            "attention cannot. Set the attention dropout of its config to 0, or call .eval()."
-        )
-    if kwargs.get("sliding_window") not in (None, route.window):
-        raise NotImplementedError(
-            f"Site {name!r} has a sliding window of {kwargs['sliding_window']} that its config did not show. "
-            "Leave it full."
-        )
-    place = site(name, route.grid)
-    out = _local(route, place, layer, query, key, value, attention_mask, scale, dropout, host)
+        if kwargs.get("sliding_window") not in (None, route.window):
+            raise NotImplementedError(
+                f"Site {name!r} has a sliding window of {kwargs['sliding_window']} that its config did not "
+                "show. Leave it full."
+            )
+        place = site(name, route.grid)
+        return _local(route, place, layer, query, key, value, attention_mask, scale, dropout, host)
+
+    out = ask(0, query, key, value)
+    if route is not None and layer is not None and layer.pending is not None:  # a handler has answered
+        _store(layer, _reading(route, bool(causal), attention_mask))
     return out, None
+
+
+def _heads_first(follow: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """A function of `[B, heads, N, D]`, given `[B, N, heads, D]`."""
+    return follow(*(x.transpose(1, 2) for x in given))
 
 
 def _local(
@@ -468,9 +511,13 @@ def _unseat(module: nn.Module) -> None:
             del module.__dict__[SEAT]
 
 
-def _unwatch(seat: _Seat, watcher: _Watcher) -> None:
+def _unwatch(modules: set[nn.Module], watcher: _Watcher) -> None:
     with _lock:
-        seat.watchers = tuple(pair for pair in seat.watchers if pair[0] is not watcher)
+        for module in modules:
+            seat: _Seat | None = module.__dict__.get(SEAT)
+            if seat is not None:
+                seat.watchers = tuple(pair for pair in seat.watchers if pair[0] is not watcher)
+                _unseat(module)
 
 
 def _switch(configs: list[Any], stack: ExitStack) -> None:

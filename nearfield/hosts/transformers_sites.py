@@ -97,14 +97,18 @@ def _largest_grid(config: Any) -> tuple[int, ...] | None:
     return height // down, width // right
 
 
-def refuse_unswitchable(model: nn.Module, targets: set[nn.Module]) -> None:
-    """Raises for attention that does not go through the interface, or is more than SDPA can say."""
+def refuse_unswitchable(model: nn.Module, targets: set[nn.Module], softcap: bool = False) -> None:
+    """Raises for attention that does not go through the interface, or is more than SDPA can say.
+
+    `softcap`: capped scores are understood by who asks.
+    """
     from transformers import PreTrainedModel
 
     for name, part in model.named_modules():
-        if not isinstance(part, PreTrainedModel) or (
-            part._can_set_attn_implementation() and part._supports_sdpa
-        ):
+        if not isinstance(part, PreTrainedModel):
+            continue
+        known = part._supports_sdpa or (softcap and is_capped(part))
+        if known and part._can_set_attn_implementation():
             continue
         for child, module in part.named_modules():
             if (
@@ -117,6 +121,14 @@ def refuse_unswitchable(model: nn.Module, targets: set[nn.Module]) -> None:
                     f"Site {site!r} cannot be entered: transformers has no sdpa form of "
                     f"{type(part).__name__}. Enter only the parts of the model that have one."
                 )
+
+
+def is_capped(part: nn.Module) -> bool:
+    """Whether a model goes through the interface, and caps its scores, which is what SDPA lacks."""
+    config = config_of(part)
+    configs = (config, getattr(config, "text_config", None))
+    capped = any(getattr(each, "attn_logit_softcapping", None) is not None for each in configs)
+    return capped and bool(getattr(part, "_supports_attention_backend", False))
 
 
 def find(modules: dict[str, nn.Module], name: str) -> nn.Module:
@@ -170,6 +182,11 @@ def role_of(module: nn.Module, name: str) -> Role:
     crossing = getattr(module, "is_cross_attention", False) or "cross" in type(module).__name__.lower()
     own_name = name.rpartition(".")[2]
     return "cross" if crossing or "cross" in own_name or own_name == "encoder_attn" else "self"
+
+
+def line_of(module: nn.Module, num_tokens: int) -> tuple[tuple[int, ...] | None, int]:
+    """The grid of tokens that no patch convolution tells: a line; none for patches in windows."""
+    return (None if "vision" in type(module).__name__.lower() else (num_tokens,)), 0
 
 
 def layer_type(module: nn.Module) -> str | None:
