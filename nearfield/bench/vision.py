@@ -67,22 +67,27 @@ def _stages(model: str, *stages: int) -> tuple[Vision, ...]:
 
 def _large(model: str, **options: Any) -> Vision:
     """A model where attention over all tokens hurts: only forward, a backward takes most machines' memory."""
-    id = "-".join([model, *map(str, options.values()), "896"])
-    return Vision(id, "model", 896, model=model, options=tuple(options.items()), directions=("forward",))
+    given = tuple(options.items())
+    return Vision(f"{model}-896", "model", 896, model=model, options=given, directions=("forward",))
 
 
 MODELS = (
     "convit_small", "davit_tiny", "ela_resnet50", "halonet_h1", "inline_swin_tiny", "l2vit_tiny",
-    "litv2_small", "tnt_small",
+    "litv2_small", "tnt_small", "uniformer_small",
 )  # fmt: skip
 CASES: tuple[Vision, ...] = (
     *(_windows(side, heads, b) for b in (1, 8) for side, heads in ((56, 3), (28, 6), (14, 12), (7, 24))),
     *_stages("davit_tiny", 0, 1, 2, 3),
     *_stages("l2vit_tiny", 0, 1, 2, 3),
     *_stages("litv2_small", 2, 3),
-    *(Vision(f"{model}-224-b{b}", "model", 224, b, model=model) for model in MODELS for b in (1, 8)),
+    *(
+        Vision(f"{model}-224-b{b}", "model", 224, b, model=model, directions=("forward",))
+        for model in MODELS
+        for b in (1, 8)
+    ),
     *map(_large, ("davit_tiny", "l2vit_tiny", "litv2_small")),
     *map(_large, ("inline_swin_tiny", "inline_cswin_tiny", "inline_pvt_tiny")),
+    _large("uniformer_small", blocks=("local", "local", "window", "global")),
     Vision("tiny-window", "window", 14, 2, heads=2, is_hidden=True),
     Vision("tiny-stage", "stage", 64, 1, model="davit_tiny", stage=3, is_hidden=True),
     Vision("tiny-model", "model", 32, 2, model="ela_resnet8", is_hidden=True),
