@@ -43,9 +43,10 @@ def vision_row(
             continue
         try:
             contender = made.rivals[rival]()
-            if rival not in vision.ANOTHER:
-                with torch.no_grad():
-                    require_agreement(contender.call(*made.tensors), made.ours.call(*made.tensors))
+            with torch.no_grad():
+                result = contender.call(*made.tensors)
+                if rival not in vision.ANOTHER:
+                    require_agreement(result, made.ours.call(*made.tensors))
             steps[rival] = _step(contender, made.tensors, direction)
         except Unfit as reason:
             skipped[rival] = str(reason)
