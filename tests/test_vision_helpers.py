@@ -23,6 +23,7 @@ from nearfield.bench.resolution import (
     model_macs,
     slope,
 )
+from nearfield.bench.seeds import interval
 from nearfield.core.errors import MissingPackage
 from nearfield.data import images
 from nearfield.measure import outline
@@ -230,6 +231,13 @@ def test_slopes_are_powers() -> None:
     assert slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     with pytest.raises(ValueError, match="two sizes"):
         slope([4, 4], [1, 2])
+
+
+def test_an_interval_is_about_the_mean_and_narrows() -> None:
+    assert interval([0.25] * 6) == (0.25, 0.25)
+    few, many = ([0.0, 1.0] * count for count in (5, 500))
+    (low, high), (less, more) = interval(few), interval(many)
+    assert low < less < 0.5 < more < high and interval(few) == (low, high)
 
 
 def test_costs_grow_as_they_must() -> None:

@@ -1,4 +1,4 @@
-"""What several runs that differ by their seed found, in words and as dots."""
+"""What several runs that differ by their seed found: in words, as dots, and how sure a mean is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def by_seed(found: Found) -> str:
 def means(found: Found) -> list[float]:
     """The mean over the seeds, of each in turn."""
     return [sum(each) / len(each) for each in found.values()]
+
+
+def interval(sample: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of the mean, over samples drawn from this one; of paired differences, of theirs."""
+    import torch
+
+    values = torch.as_tensor(sample, dtype=torch.float64)
+    drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def draw_seeds(axes: Any, found: Found, label: str) -> None:

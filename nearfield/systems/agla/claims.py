@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.bench.seeds import Found, by_seed, draw_seeds
+from nearfield.bench.seeds import Found, by_seed, draw_seeds, interval
 from nearfield.catalog import Result
-from nearfield.core.errors import MissingPackage, require
 from nearfield.data import scenes
 from nearfield.data.scenes import KINDS, Question, Scene
+from nearfield.hosts.pocket import Pocket
 from nearfield.hosts.seam import Site
 from nearfield.hosts.vision_language import image_tokens
 from nearfield.steer import Steer
@@ -129,21 +129,12 @@ class _Pocket:
     """The pocket model and its answers to questions on scenes."""
 
     def __init__(self) -> None:
-        from transformers import AutoTokenizer, LlavaForConditionalGeneration
-
-        try:
-            folder = require("nearfield_pocket", package="nearfield-pocket").path("vlm")
-        except FileNotFoundError as error:
-            raise MissingPackage(str(error)) from None
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        self.words = AutoTokenizer.from_pretrained(folder)
-        self.yes, self.no = self.words.convert_tokens_to_ids(["yes", "no"])
+        pocket = Pocket()
+        self.model, self._inputs = pocket.model, pocket.inputs
+        self.yes, self.no = pocket.words.convert_tokens_to_ids(["yes", "no"])
 
     def inputs(self, here: Scene, question: str) -> dict[str, Tensor]:
-        text = "<bos>" + 256 * "<image>" + f"<user> {question} <assistant>"
-        ids = torch.tensor([self.words(text, add_special_tokens=False)["input_ids"]])
-        pixels = scenes.normalised(scenes.render(here).pixels)[None]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return self._inputs(scenes.normalised(scenes.render(here).pixels)[None], question)
 
     def matched(self, here: Scene, question: str) -> Matched:
         return matched_by_itself(self.model, self.inputs(here, question), target=self.yes)
@@ -182,12 +173,13 @@ def _told(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).logits[0, -1].log_softmax(-1)
 
 
-def _gains(found: Found) -> Found:
-    """95 % intervals of the mean difference of the first and each other, paired, over resampled draws."""
-    first, *others = (torch.tensor(each) for each in found.values())
-    drawn = torch.randint(len(first), (2000, len(first)), generator=torch.Generator().manual_seed(0))
-    means = [(first - each)[drawn].mean(1).sort().values[[50, 1949]].tolist() for each in others]
-    return dict(zip(list(found)[1:], means, strict=True))
+def _gains(found: Found) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the mean difference of the first and each other, paired."""
+    first, *_ = found.values()
+    return {
+        name: interval([a - b for a, b in zip(first, each, strict=True)])
+        for name, each in list(found.items())[1:]
+    }
 
 
 def _compared(found: Found, label: str, more: str = "", plot: Any = None) -> Result:

@@ -15,9 +15,9 @@ from torch import Tensor
 from nearfield.bench.resolution import draw_lines
 from nearfield.bench.seeds import by_seed, draw_seeds
 from nearfield.catalog import Result
-from nearfield.core.errors import MissingPackage, require
 from nearfield.data import scenes
 from nearfield.data.scenes import Scene, World
+from nearfield.hosts.pocket import Pocket
 from nearfield.hosts.seam import Site
 from nearfield.steer import Steer
 from nearfield.systems.imbalanced_attention import study
@@ -135,20 +135,12 @@ class _Pocket:
     """The pocket model on scenes: their captions, and inputs up to a place in an answer."""
 
     def __init__(self) -> None:
-        from transformers import AutoTokenizer, LlavaForConditionalGeneration
-
-        try:
-            folder = require("nearfield_pocket", package="nearfield-pocket").path("vlm")
-        except FileNotFoundError as error:
-            raise MissingPackage(str(error)) from None
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-        self.words = AutoTokenizer.from_pretrained(folder)
+        pocket = Pocket()
+        self.model, self.words, self._inputs = pocket.model, pocket.words, pocket.inputs
 
     def inputs(self, here: Sequence[Scene], answer: str = "") -> dict[str, Tensor]:
-        text = "<bos>" + 256 * "<image>" + f"<user> describe this picture. <assistant> {answer}"
-        ids = torch.tensor([self.words(text, add_special_tokens=False)["input_ids"]]).expand(len(here), -1)
         pixels = torch.stack([scenes.normalised(scenes.render(scene).pixels) for scene in here])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return self._inputs(pixels, "describe this picture.", answer)
 
     def captions(self, here: Sequence[Scene], way: Callable[[list[Informed]], Steer | None]) -> list[str]:
         made: list[str] = []
