@@ -1,0 +1,1 @@
+"""LoFiT: a task is learnt as offsets of the outputs of few attention heads."""
