@@ -19,13 +19,18 @@ def means(found: Found) -> list[float]:
 
 
 def interval(sample: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the mean, over samples drawn from this one; of paired differences, of theirs."""
+    """The 95 % interval of the mean, over samples drawn from this one."""
     import torch
 
     values = torch.as_tensor(sample, dtype=torch.float64)
     drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def paired_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean difference of pairs."""
+    return interval([a - b for a, b in zip(ours, other, strict=True)])
 
 
 def draw_seeds(axes: Any, found: Found, label: str) -> None:

@@ -1,7 +1,8 @@
-"""The pocket vision-language model of nearfield-pocket, for what is tried on a trained one."""
+"""The pocket models of nearfield-pocket, for what is tried on trained ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from nearfield.core.errors import MissingPackage, require
 SIDE = 16  # of its grid of image tokens
 
 
+def weights(name: str) -> Path:
+    """The folder of a pocket model. Raises `MissingPackage` where it is not installed or not trained."""
+    try:
+        return Path(require("nearfield_pocket", package="nearfield-pocket").path(name))
+    except FileNotFoundError as error:
+        raise MissingPackage(str(error)) from None
+
+
 class Pocket:
-    """The model, its words, inputs for it. Raises `MissingPackage` where it is not installed or trained."""
+    """The vision-language model, its words, and inputs for it."""
 
     def __init__(self) -> None:
-        package = require("nearfield_pocket", package="nearfield-pocket")
-        transformers = require("transformers", extra="hf")
-        try:
-            folder = package.path("vlm")
-        except FileNotFoundError as error:
-            raise MissingPackage(str(error)) from None
+        folder, transformers = weights("vlm"), require("transformers", extra="hf")
         net = transformers.LlavaForConditionalGeneration
         self.model: Any = net.from_pretrained(folder, dtype=torch.float32).eval()
         self.words = transformers.AutoTokenizer.from_pretrained(folder)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.bench.seeds import Found, by_seed, draw_seeds, interval
+from nearfield.bench.seeds import Found, by_seed, draw_seeds, paired_interval
 from nearfield.catalog import Result
 from nearfield.data import scenes
 from nearfield.data.scenes import KINDS, Question, Scene
@@ -176,10 +176,7 @@ def _told(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def _gains(found: Found) -> dict[str, tuple[float, float]]:
     """95 % intervals of the mean difference of the first and each other, paired."""
     first, *_ = found.values()
-    return {
-        name: interval([a - b for a, b in zip(first, each, strict=True)])
-        for name, each in list(found.items())[1:]
-    }
+    return {name: paired_interval(first, each) for name, each in list(found.items())[1:]}
 
 
 def _compared(found: Found, label: str, more: str = "", plot: Any = None) -> Result:

@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from nearfield.bench.seeds import by_seed, draw_seeds, means
+from nearfield.bench.seeds import by_seed, draw_seeds, interval, means
 from nearfield.catalog import Result
 from nearfield.systems.behavior_shift.model import (
     GROUP,
@@ -93,7 +93,7 @@ def instruction_density(*, full: bool = False) -> Result:
     prompts = (100 if len(models) > 1 else 24) if full else 8
     for name, (model, tokenizer) in models.items():
         asked = [ask(model, tokenizer, number) for number in range(prompts)]
-        low, high = _interval([each.score - each.elsewhere for each in asked])
+        low, high = interval([each.score - each.elsewhere for each in asked])
         holds = holds and low > 0
         scores[name], scores[f"{name}, elsewhere"] = [a.score for a in asked], [a.elsewhere for a in asked]
         followed, not_followed = ([a.score for a in asked if a.followed is kind] for kind in (True, False))
@@ -101,7 +101,7 @@ def instruction_density(*, full: bool = False) -> Result:
         if min(len(followed), len(not_followed)) > 1:
             said[-1] += f" of {prompts}, their score above the others': p = {_p(followed, not_followed):.3f}"
     if len(models) > 1:
-        low, high = _interval([b - a for a, b in zip(scores["base"], scores["tuned"], strict=True)])
+        low, high = interval([b - a for a, b in zip(scores["base"], scores["tuned"], strict=True)])
         said.append(f"tuned minus base {low:.2f} to {high:.2f}")
         holds = low > 0 and holds
     return Result("; ".join(said), holds, lambda axes: draw_seeds(axes, scores, "instruction score"))
@@ -158,11 +158,3 @@ def _p(first: Sequence[float], second: Sequence[float]) -> float:
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1])
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """A bootstrap interval of 95 % of the mean."""
-    sample = torch.tensor(list(values))
-    drawn = torch.randint(len(sample), (2000, len(sample)), generator=torch.Generator().manual_seed(0))
-    low, high = sample[drawn].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high

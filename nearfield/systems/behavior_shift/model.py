@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfield.core.errors import MissingPackage, require
+from nearfield.hosts.pocket import weights
 from nearfield.systems.behavior_shift import study
 
 _NOUNS = "apple bird boat bread chair clock door fish garden hammer lamp mirror needle orange river"
@@ -79,13 +80,9 @@ def planted(seed: int) -> Planted:
 def pair() -> Models:
     """The pocket language model before and after it learnt instructions."""
     transformers = require("transformers", extra="hf")
-    pocket = require("nearfield_pocket", package="nearfield-pocket")
     found = {}
     for name, kind in (("base", "lm-base"), ("tuned", "lm-chat")):
-        try:
-            folder = pocket.path(kind)
-        except FileNotFoundError as error:
-            raise MissingPackage(str(error)) from None
+        folder = weights(kind)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         found[name] = model, transformers.AutoTokenizer.from_pretrained(folder)
     return found

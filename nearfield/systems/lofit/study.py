@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nearfield.core.errors import MissingPackage, require
 from nearfield.hosts import packaged
+from nearfield.hosts.pocket import weights
 from nearfield.steer import Site, Steer
 from nearfield.systems.lofit.convert import Heads, Setting, completion
 from nearfield.systems.lofit.steer import Change, HeadOffsets, heads_of
@@ -150,8 +151,8 @@ def _opened() -> tuple[nn.Module, Any, Setting]:
 def pocket() -> Path | None:
     """The pocket language model's folder, on which a run takes seconds; None where it is not there."""
     try:
-        return Path(require("nearfield_pocket", package="nearfield-pocket").path("lm-base"))
-    except (MissingPackage, FileNotFoundError):
+        return weights("lm-base")
+    except MissingPackage:
         return None
 
 
