@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ def share_threads() -> bool:
     They wait, spinning, for what comes after torch's last operation, where others would have to be woken.
     """
     return library.run_on_threads_of(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The derivative of a backward by formula: there is none."""
+    raise NotImplementedError(
+        'The "native" backend has no second derivatives. Call with backend="reference", which has them.'
+    )
+
+
+def by_batch(op: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable[..., tuple[Any, Any]]:
+    """vmap of an operator whose first `tensors` arguments all begin with a batch: a larger one."""
+
+    def map_(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        folded = list(arguments)
+        for i, (x, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False)):
+            if x is not None:
+                x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+                folded[i] = x.flatten(0, 1)
+        found = op(*folded)
+        return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * len(found)
+
+    return map_
 
 
 def side_by_side(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.ops.kernels import DTYPES, call, side_by_side
+from nearfield.ops.kernels import DTYPES, call, no_second_derivative, side_by_side
 
 NAME = "nearfield::native_linear"
 INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? beta, Tensor? g, Tensor? initial_state, float scale"
@@ -160,12 +160,6 @@ def _differentiate(
     return *(x if n else None for x, n in zip(found, wanted, strict=True)), None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        'The "native" backend has no second derivatives. Call with backend="reference", which has them.'
-    )
-
-
 def _fold(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any]]:
     """vmap by a larger batch."""
 
@@ -187,7 +181,7 @@ def _fold(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Any, Any
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(no_second_derivative)
 _forward.register_vmap(_fold(_forward))
 _backward.register_vmap(_fold(_backward))
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from nearfield.core import library
-from nearfield.ops.kernels import DTYPES, call, missing, side_by_side, unfit
+from nearfield.ops.kernels import (
+    DTYPES,
+    by_batch,
+    call,
+    missing,
+    no_second_derivative,
+    side_by_side,
+    unfit,
+)
 from nearfield.ops.neighborhood.geometry import Bound
 from nearfield.ops.neighborhood.native import BORDERS
 
@@ -158,34 +166,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None
     return *(x if n else None for x, n in zip(found, ctx.needs_input_grad, strict=False)), *nothing
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        'The "native" backend has no second derivatives. Call with backend="reference", which has them.'
-    )
-
-
-def _map_forward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    return _by_batch(_forward, NUM_TENSORS, info, in_dims, arguments)
-
-
-def _map_backward(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-    return _by_batch(_backward, 2 + NUM_TENSORS, info, in_dims, arguments)
-
-
-def _by_batch(
-    op: Any, tensors: int, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    """vmap by a larger batch, with which every tensor begins."""
-    folded = list(arguments)
-    for i, (x, dim) in enumerate(zip(arguments[:tensors], in_dims, strict=False)):
-        if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            folded[i] = x.flatten(0, 1)
-    found = op(*folded)
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in found), (0,) * len(found)
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
-_forward.register_vmap(_map_forward)
-_backward.register_vmap(_map_backward)
+_backward.register_autograd(no_second_derivative)
+_forward.register_vmap(by_batch(_forward, NUM_TENSORS))
+_backward.register_vmap(by_batch(_backward, 2 + NUM_TENSORS))
