@@ -89,7 +89,12 @@ def one_cache(*, full: bool = False) -> Result:
     )
     words += f" token is the same in {first}, and what follows another in {len(rows) - equal}"
     holds = same == first == len(rows) > equal
-    return Result(words, holds, lambda axes: axes.bar(("one as whole", "two as one"), (same, equal)))
+
+    def draw(axes: Any) -> None:
+        axes.bar(("one cache goes on\nas the whole picture", "two caches go on\nas one"), (same, equal))
+        axes.set(ylabel=f"models of {len(rows)}")
+
+    return Result(words, holds, draw)
 
 
 def tiny(seed: int) -> tuple[Any, dict[str, Tensor]]:
