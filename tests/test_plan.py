@@ -548,7 +548,9 @@ def every_choice(options, budget):
     return min((sum(o.seconds for o in c) for c in within), default=None)
 
 
-numbers = st.one_of(st.integers(0, 6).map(float), st.floats(0, 1, allow_subnormal=False))
+# Beside 0 none so small that a sum with others loses it: such damages fall inside the budget's own tolerance,
+# where choosing and counting may differ, both rightly.
+numbers = st.one_of(st.integers(0, 6).map(float), st.floats(1e-6, 1))
 items = st.lists(st.builds(Option, st.none(), numbers, numbers), min_size=1, max_size=4)
 
 
