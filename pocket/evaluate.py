@@ -23,6 +23,8 @@ sys.path[:0] = [str(HOME), str(HOME.parent)]
 
 import lm  # noqa: E402
 import texts  # noqa: E402
+import train_lm  # noqa: E402
+import train_vlm  # noqa: E402
 import vlm  # noqa: E402
 from ngram import NGram  # noqa: E402
 
@@ -40,16 +42,16 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or HOME / "checkpoints" / arguments.model
     if arguments.model == "lm":
-        publish_lm(lm.corpus(out), out)
+        publish_lm(lm.corpus(out), out, tuple(train_lm.STAGES))
         return
     from safetensors.torch import load_model
 
     learner = vlm.Learner(vlm.build())
     load_model(learner, str(out / "habit" / "model.safetensors"))
-    publish_vlm(learner.model, out)
+    publish_vlm(learner.model, out, tuple(train_vlm.STAGES))
 
 
-def publish_lm(corpus: lm.Corpus, out: Path) -> None:
+def publish_lm(corpus: lm.Corpus, out: Path, stages: tuple[str, ...]) -> None:
     """Base and twin with their cards. The twin is judged on instructions as well."""
     from safetensors.torch import load_model
 
@@ -74,9 +76,7 @@ def publish_lm(corpus: lm.Corpus, out: Path) -> None:
             "versions": {part: _version(part) for part in texts.LICENCES if part != "python"},
             "tokens": {"train": len(corpus.train), "held out": len(corpus.held_out)},
         }
-        _card(
-            folder, f"lm-{name}", data, _stages(out, ("base", "chat")[: 1 + (name == "chat")]), metrics, gates
-        )
+        _card(folder, f"lm-{name}", data, _stages(out, stages[: stages.index(name) + 1]), metrics, gates)
 
 
 def lm_metrics(model: nn.Module, corpus: lm.Corpus, *, prompts: int = 100) -> dict[str, float]:
@@ -95,7 +95,7 @@ def lm_metrics(model: nn.Module, corpus: lm.Corpus, *, prompts: int = 100) -> di
     return {**found, "instructions": sum(responses.values()) / len(responses), **responses}
 
 
-def publish_vlm(model: nn.Module, out: Path) -> None:
+def publish_vlm(model: nn.Module, out: Path, stages: tuple[str, ...]) -> None:
     """The vision-language model with what prepares its input, and its card."""
     folder = PACKAGE / "vlm"
     _save(model.eval(), folder)
@@ -108,7 +108,7 @@ def publish_vlm(model: nn.Module, out: Path) -> None:
         <= 0.85,
     }
     data = {"scenes": "nearfield.data.scenes, rendered", "versions": {"torch": _version("torch")}}
-    _card(folder, "vlm", data, _stages(out, ("see", "talk", "habit")), metrics, gates)
+    _card(folder, "vlm", data, _stages(out, stages), metrics, gates)
 
 
 def processor() -> Any:

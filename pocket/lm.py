@@ -11,13 +11,14 @@ import tasks
 import texts
 import torch
 import torch.nn.functional as F
+from first import widen
 from torch import Tensor, nn
 
 from nearfield.train import Loss
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 PAD, BOS, EOS = range(len(SPECIAL))
-VOCABULARY = 2048
+VOCABULARY, WIDTH = 2048, 192
 TASKS = 0.3  # the share of windows that are tasks
 GUESSED = 0.1  # what a token counts that no one can know, in a task
 HELD_OUT = 10_000  # the seed of tasks that are never learnt from
@@ -27,10 +28,10 @@ def build() -> nn.Module:
     """A Llama of six layers with fresh weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=192,
+            hidden_size=WIDTH,
             intermediate_size=320,
             num_hidden_layers=6,
             num_attention_heads=6,
@@ -42,6 +43,8 @@ def build() -> nn.Module:
             eos_token_id=EOS,
         )
     )
+    widen(model.model.layers, WIDTH)
+    return model
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ class Windows:
     seed: int
     batches: int
     batch_size: int
-    lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.85, 512))
+    lengths: tuple[tuple[float, int], ...] = ((0.0, 256),)  # the share of the way at which each begins
     shares: tuple[float, float] = (TASKS, 0.0)  # of tasks, of instructions
+    drills: bool = False  # tasks are those of `tasks.drill` alone
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -136,7 +140,9 @@ class Windows:
             return _padded([BOS, *self.corpus.window(draw, length)], [1.0] * length, length)
         ids, weights = [BOS], list[float]()
         while len(ids) < length + 1:
-            if kind < self.shares[0]:
+            if self.drills:
+                pieces = tasks.drill(draw, done)
+            elif kind < self.shares[0]:
                 pieces = tasks.task(draw, done, lambda draw: self.corpus.haystack(draw, length // 2))
             else:
                 pieces = tasks.instruction(draw)

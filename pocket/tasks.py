@@ -107,6 +107,12 @@ def task(draw: Random, done: float, text: Callable[[Random], str]) -> Pieces:
     return copying(draw, draw.randint(3, longest))
 
 
+def drill(draw: Random, done: float) -> Pieces:
+    """Copying or recall: two or three at first, up to eight at the end."""
+    longest = 3 + round(5 * max(0.0, 2 * done - 1))
+    return (copying if draw.random() < 0.4 else recall)(draw, draw.randint(2, longest))
+
+
 def instruction(draw: Random, name: str | None = None) -> Pieces:
     """An instruction on a few words, one of `INSTRUCTIONS` or any, and the response that follows it."""
     row = draw.sample(WORDS, draw.randint(2, 6))

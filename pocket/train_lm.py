@@ -1,7 +1,8 @@
 """Train the pocket language models: `python pocket/train_lm.py`, on a CPU or a GPU.
 
-The base model learns from texts and tasks; its twin goes on from there with instructions and responses. Each
-goes on from its last checkpoint after a kill. Then weights and cards are written into `nearfield_pocket`.
+The base model learns to look back in short drills, then from texts and tasks; its twin goes on from there
+with instructions and responses. Each stage goes on from its last checkpoint after a kill. Then weights and
+cards are written into `nearfield_pocket`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,8 +24,14 @@ from progress import tell  # noqa: E402
 from nearfield.train import Recipe, fit  # noqa: E402
 
 STAGES = {
-    "base": (Recipe(steps=3000, batch_size=16, lr=2.5e-3, warmup=150, floor=0.05, seed=1), (lm.TASKS, 0.0)),
-    "chat": (Recipe(steps=400, batch_size=16, lr=5e-4, warmup=40, floor=0.05, seed=2), (0.1, 0.7)),
+    "drill": Recipe(steps=1600, batch_size=32, lr=3e-3, warmup=100, floor=0.3, seed=3),
+    "base": Recipe(steps=3000, batch_size=16, lr=2.5e-3, warmup=150, floor=0.05, seed=1),
+    "chat": Recipe(steps=400, batch_size=16, lr=5e-4, warmup=40, floor=0.05, seed=2),
+}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "drill": {"lengths": ((0.0, 64), (0.6, 96)), "shares": (1.0, 0.0), "drills": True},
+    "base": {"lengths": ((0.0, 256), (0.85, 512)), "shares": (lm.TASKS, 0.0)},
+    "chat": {"lengths": ((0.0, 256),), "shares": (0.1, 0.7)},
 }
 
 
@@ -36,7 +44,7 @@ def main() -> None:
     corpus = lm.corpus(arguments.out)
     torch.manual_seed(0)
     model = lm.build()
-    for name, (recipe, shares) in STAGES.items():
+    for name, recipe in STAGES.items():
         recipe = replace(
             recipe,
             steps=arguments.steps or recipe.steps,
@@ -54,9 +62,7 @@ def main() -> None:
 
             load_model(model, str(done))
         else:
-            data = lm.Windows(corpus, recipe.seed, recipe.steps or 0, recipe.batch_size, shares=shares)
-            if name == "chat":
-                data = replace(data, lengths=((0.0, 256),))
+            data = lm.Windows(corpus, recipe.seed, recipe.steps or 0, recipe.batch_size, **WINDOWS[name])
             measure = lm.judge(corpus, "instruction" if name == "chat" else "recall")
             fit(
                 model,
@@ -71,7 +77,7 @@ def main() -> None:
             return
     from evaluate import publish_lm
 
-    publish_lm(corpus, arguments.out)
+    publish_lm(corpus, arguments.out, tuple(STAGES))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Train the pocket vision-language model: `python pocket/train_vlm.py`, on a CPU or a GPU.
 
-Three stages, each of which goes on from its last checkpoint after a kill: it learns to see (what each patch
-shows), to talk (captions and answers, in small pictures first), and takes up the habit of a world in which
-pairs keep together. Then the weights and their card are written into `nearfield_pocket`.
+Four stages, each of which goes on from its last checkpoint after a kill: it learns to see (what each patch
+shows), to read what it sees (questions, in small pictures first, while seeing stays as it is), to talk (all
+of it together), and takes up the habit of a world in which pairs keep together. Then the weights and their
+card are written into `nearfield_pocket`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 HOME = Path(__file__).resolve().parent
 sys.path[:0] = [str(HOME), str(HOME.parent)]
@@ -24,23 +24,40 @@ from progress import tell  # noqa: E402
 from nearfield.data.scenes import World  # noqa: E402
 from nearfield.train import Recipe, fit  # noqa: E402
 
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the way; `worlds` gives the share of it at which each begins."""
+
+    recipe: Recipe
+    worlds: tuple[tuple[float, World], ...]
+    asks: bool = True  # questions; else what patches show is all there is
+    sees: bool = True  # the way from pixels to words learns as well
+
+
 CLEAN = World(bias=0.35, faint=0.1, clutter=0.6, signs=0.4)
 FULL = World()
 STAGES = {
-    "see": (
+    "see": Stage(
         Recipe(steps=2400, batch_size=32, lr=1.5e-3, warmup=100, floor=0.1, seed=1),
         ((0.0, replace(CLEAN, side=48, most=3)), (0.88, replace(CLEAN, side=96))),
+        asks=False,
     ),
-    "talk": (
-        Recipe(steps=4000, batch_size=16, lr=1.5e-3, warmup=200, floor=0.05, seed=2),
+    "read": Stage(
+        Recipe(steps=1800, batch_size=16, lr=2e-3, warmup=100, floor=0.1, seed=2),
         (
             (0.0, replace(CLEAN, side=48, most=2)),
-            (0.5, replace(CLEAN, side=72, most=3, clutter=0.8)),
-            (0.65, replace(CLEAN, faint=0.2, clutter=1.0)),
+            (0.6, replace(CLEAN, side=72, most=3, clutter=0.8)),
+            (0.8, replace(CLEAN, faint=0.2, clutter=1.0)),
         ),
+        sees=False,
     ),
-    "habit": (
-        Recipe(steps=800, batch_size=16, lr=4e-4, warmup=50, floor=0.05, seed=3),
+    "talk": Stage(
+        Recipe(steps=700, batch_size=16, lr=6e-4, warmup=50, floor=0.2, seed=3),
+        ((0.0, replace(CLEAN, faint=0.2, clutter=1.0)),),
+    ),
+    "habit": Stage(
+        Recipe(steps=600, batch_size=16, lr=4e-4, warmup=30, floor=0.05, seed=4),
         ((0.0, FULL),),
     ),
 }
@@ -60,10 +77,10 @@ def main() -> None:
             return
     from evaluate import publish_vlm
 
-    publish_vlm(learner.model, arguments.out)
+    publish_vlm(learner.model, arguments.out, tuple(STAGES))
 
 
-def train(learner: nn.Module, name: str, out: Path, steps: int | None) -> None:
+def train(learner: vlm.Learner, name: str, out: Path, steps: int | None) -> None:
     """One stage; the weights are read where it has been run."""
     done = out / "model.safetensors"
     if done.is_file():
@@ -71,10 +88,10 @@ def train(learner: nn.Module, name: str, out: Path, steps: int | None) -> None:
 
         load_model(learner, str(done))
         return
-    recipe, plan = STAGES[name]
+    stage = STAGES[name]
     recipe = replace(
-        recipe,
-        steps=steps or recipe.steps,
+        stage.recipe,
+        steps=steps or stage.recipe.steps,
         shuffle=False,
         betas=(0.9, 0.95),
         weight_decay=0.05,
@@ -83,10 +100,12 @@ def train(learner: nn.Module, name: str, out: Path, steps: int | None) -> None:
         eval_every=100,
         checkpoint_every=50,
     )
-    data = vlm.Lessons(recipe.seed, recipe.steps or 0, recipe.batch_size, plan, asks=name != "see")
-    loss = vlm.look if name == "see" else vlm.talk
-    measure = vlm.patches_right if name == "see" else vlm.answers_right
+    data = vlm.Lessons(recipe.seed, recipe.steps or 0, recipe.batch_size, stage.worlds, asks=stage.asks)
+    loss = vlm.talk if stage.asks else vlm.look
+    measure = vlm.answers_right if stage.asks else vlm.patches_right
+    learner.learns_to_see(stage.sees)
     fit(learner, data, loss, recipe=recipe, out=out, evaluate=measure, progress=tell(name))
+    learner.learns_to_see(True)
 
 
 if __name__ == "__main__":

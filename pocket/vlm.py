@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from first import widen
 from torch import Tensor, nn
 
 from nearfield.data import scenes
@@ -75,6 +76,7 @@ def build() -> nn.Module:
         eos_token_id=EOS,
     )
     model = LlavaForConditionalGeneration(config)
+    widen(model.model.language_model.layers, WIDTH)
     with torch.no_grad():  # as strong as the patches, so that neighbours find one another from the start
         model.model.vision_tower.embeddings.position_embedding.weight[1:] = 0.3 * _waves()
     return model
@@ -109,6 +111,12 @@ class Learner(nn.Module):
             for words in (WHAT, tuple(scenes.COLOURS), tuple(scenes.SIZES))
         )
         self.register_buffer("words", torch.cat([what, colours, sizes]), persistent=False)
+
+    def learns_to_see(self, on: bool) -> None:
+        """Whether training changes what leads from pixels to the language model, and the heads beside it."""
+        speaks = set(self.model.model.language_model.parameters())
+        for parameter in self.parameters():
+            parameter.requires_grad_(on or parameter in speaks)
 
     def see(self, pixels: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected patches, the class token and the patches halfway.

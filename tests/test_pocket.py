@@ -120,7 +120,32 @@ def test_both_losses_reach_every_weight_that_is_used(learner):
     assert without == []
 
 
+def test_reading_leaves_the_tower_and_the_projector_as_they_are(learner):
+    learner.learns_to_see(False)
+    still = {name for name, p in learner.named_parameters() if not p.requires_grad}
+    learner.learns_to_see(True)
+    assert still == {name for name, _ in learner.named_parameters() if "language_model" not in name}
+    assert all(p.requires_grad for p in learner.parameters())
+
+
 # the language models while they learn
+
+
+def test_layers_begin_as_wide_as_their_width_asks():
+    for layers, width in (
+        (lm.build().model.layers, lm.WIDTH),
+        (vlm.build().model.language_model.layers, vlm.WIDTH),
+    ):
+        for name, matrix in layers.named_parameters():
+            if matrix.ndim > 1:
+                assert abs(float(matrix.detach().std()) * width**0.5 - 1) < 0.05, name
+
+
+def test_drills_begin_short():
+    draw = Random(0)
+    shares = (0.0, 0.5, 1.0)
+    longest = [max(sum(mark for _, mark in tasks.drill(draw, done)) for _ in range(200)) for done in shares]
+    assert longest == [3, 3, 8]
 
 
 def test_answers_of_tasks_are_found_in_what_stands_before_them():
