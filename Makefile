@@ -25,7 +25,7 @@ test: $(VENV)/.installed $(KERNELS)  ## the whole suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # Left out: what Dynamo traces (not under that hook), and tests of refusals, which the hook refuses first.
-SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled linear lla scan routing merge halo hilo qna seam torch_nn transformers measure sensitivity)
+SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled linear lla scan topk routing merge halo hilo qna seam torch_nn transformers measure sensitivity)
 
 check-shapes: $(VENV)/.installed $(KERNELS)  ## annotated shapes and types of operators, hosts and measures, at run time
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype \
@@ -44,7 +44,7 @@ check-native: $(VENV)/.installed $(KERNELS)  ## sanitizers and wide sweeps over 
 	$(MAKE) sweep KIND=thread FLAGS="$(THREAD)" CASES=300 FUZZ=5000 MORE=100
 	$(VENV)/bin/python -m pytest -m native $(ARGS)
 
-FAMILIES := linear lla scan  # each with a sweep of its own in one file
+FAMILIES := linear lla scan blocks  # each with a sweep of its own in one file
 
 .PHONY: sweep
 sweep:  # of one KIND of build, under build/check

@@ -1,6 +1,6 @@
-// Neighborhood attention and decoding for one instruction set, which NEARFIELD_ISA names.
+// Neighborhood attention, decoding and the choice of blocks for one instruction set, which NEARFIELD_ISA names.
 #include "backward.h"
-#include "decode.h"
+#include "blocks.h"
 #include "table.h"
 
 namespace nearfield {
@@ -216,5 +216,9 @@ int NEARFIELD_ISA::attention_backward(const nearfield_attention *problems, int64
 }
 
 int NEARFIELD_ISA::decode_forward(const nearfield_decode *problem, int64_t threads) { return run_decode(problem, threads); }
+
+int NEARFIELD_ISA::block_shares(const nearfield_shares *problem, int64_t threads) { return run_shares(problem, threads); }
+
+int NEARFIELD_ISA::choose_blocks(const nearfield_choice *problem, int64_t threads) { return run_choice(problem, threads); }
 
 }  // namespace nearfield

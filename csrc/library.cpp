@@ -116,6 +116,18 @@ int nearfield_decode_forward(const nearfield_decode *problem, int64_t threads) {
     return kernels ? kernels->decode_forward(problem, threads) : NEARFIELD_INVALID;
 }
 
+int nearfield_block_shares(const nearfield_shares *problem, int64_t threads) {
+    if (int error = validate_shares(problem, threads)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->block_shares(problem, threads) : NEARFIELD_INVALID;
+}
+
+int nearfield_choose_blocks(const nearfield_choice *problem, int64_t threads) {
+    if (int error = validate_choice(problem, threads)) return error;
+    const Table *kernels = table();
+    return kernels ? kernels->choose_blocks(problem, threads) : NEARFIELD_INVALID;
+}
+
 int nearfield_scan_forward(const nearfield_scan *problem, int64_t threads) {
     if (int error = validate_scan(problem, threads, false)) return error;
     const Table *kernels = table();

@@ -1,8 +1,8 @@
 // The C interface of the CPU kernels: plain pointers, strides and sizes. No torch, no Python.
 //
-// Every function returns NEARFIELD_OK or an error. After NEARFIELD_INVALID nothing was read or written; after
-// NEARFIELD_NO_MEMORY results may be written in part. Sizes and strides count elements. The last dimension
-// (channels) of every tensor is contiguous.
+// Every function returns NEARFIELD_OK or an error. After NEARFIELD_INVALID nothing was written, nor read but for numbers
+// that must be right themselves (cu_seqlens, blocks); after NEARFIELD_NO_MEMORY results may be written in part. Sizes
+// and strides count elements. The last dimension (channels) of every tensor is contiguous.
 #pragma once
 #include <stdint.h>
 
@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Raised whenever a structure, the meaning of a field or the list of functions changes; the loader refuses another one.
-#define NEARFIELD_ABI 3
+#define NEARFIELD_ABI 4
 
 enum { NEARFIELD_F32 = 0, NEARFIELD_BF16 = 1, NEARFIELD_F16 = 2 };           // dtype
 enum { NEARFIELD_SHIFT = 0, NEARFIELD_TRUNCATE = 1, NEARFIELD_PAD = 2 };     // border
@@ -80,9 +80,43 @@ typedef struct {
     int64_t visible_stride[2];                // of batch (0: one row for all) and query; keys are contiguous
     const float *addend;                      // added to the scores [batch, heads, num_queries, num_keys], or NULL
     int64_t addend_stride[3];                 // of batch, head, query (each may be 0); keys are contiguous
+    int64_t is_causal;                        // queries are the last of the keys, and see none behind themselves
+    // Lists of the blocks of keys that are seen, each [list_length]: below 0 is none, one named twice counts once. One
+    // behind the last makes the call NEARFIELD_INVALID. Block c holds the keys from c * block_size on.
+    int64_t block_size, list_length;          // block_size 0: no lists, all keys are seen
+    const int64_t *blocks;                    // [batch, num_queries, kv_heads, list_length]
+    int64_t block_stride[3];                  // of batch, query (0: one list for all), kv_head; entries are contiguous
 } nearfield_decode;
 
 NEARFIELD_API int nearfield_decode_forward(const nearfield_decode *problem, int64_t threads);
+
+// The share of each block of keys in the attention of a few queries, the mean of the heads that share the keys. In the
+// place of the keys there may be one row for each block, block_size 1: then the last counts `last_part` times.
+typedef struct {
+    int64_t dtype, key_dtype;
+    int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim;
+    int64_t block_size;
+    int64_t is_bound;       // rows are the greatest, then the least of each channel, 2 head_dim: products are upper bounds
+    int64_t is_causal;      // queries are the last of the keys, and see none behind themselves
+    double scale, last_part;
+    nearfield_tensor query, key;  // tokens on axis x
+    const uint8_t *key_mask;      // [batch, num_keys] contiguous, 0: seen by nobody; or NULL
+    float *shares;                // [batch, num_queries, kv_heads, blocks] contiguous; 0 only where nothing is seen
+} nearfield_shares;
+
+NEARFIELD_API int nearfield_block_shares(const nearfield_shares *problem, int64_t threads);
+
+// The num_blocks blocks of the largest scores for each query and head. Those of its last num_recent keys and the first
+// sink_blocks come before others, all of them. A block whose score is not above 0 is never chosen.
+typedef struct {
+    int64_t batch, num_queries, num_keys, kv_heads;  // queries are the last of the keys
+    int64_t block_size, num_blocks, sink_blocks, num_recent;
+    int64_t list_length;  // of the results: ascending numbers of blocks, then -1
+    const float *scores;  // [batch, num_queries, kv_heads, blocks] contiguous
+    int64_t *chosen;      // [batch, num_queries, kv_heads, list_length] contiguous
+} nearfield_choice;
+
+NEARFIELD_API int nearfield_choose_blocks(const nearfield_choice *problem, int64_t threads);
 
 // A selective scan. Semantics: nearfield/ops/scan/reference.py. Tensors have tokens on axis x; B and C groups of
 // channels on the axis of heads, and states as channels. Tables and states are float and contiguous.

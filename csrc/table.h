@@ -8,6 +8,8 @@
     ENTRY(attention_forward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
     ENTRY(attention_backward, (const nearfield_attention *problems, int64_t count, int64_t threads)) \
     ENTRY(decode_forward, (const nearfield_decode *problem, int64_t threads))                       \
+    ENTRY(block_shares, (const nearfield_shares *problem, int64_t threads))                         \
+    ENTRY(choose_blocks, (const nearfield_choice *problem, int64_t threads))                        \
     ENTRY(scan_forward, (const nearfield_scan *problem, int64_t threads))                           \
     ENTRY(scan_backward, (const nearfield_scan *problem, int64_t threads))                          \
     ENTRY(lla_forward, (const nearfield_lla *problem, int64_t threads))                             \

@@ -153,6 +153,13 @@ bool decode_is_valid(const nearfield_decode &p) {
         !product_fits({p.batch, p.num_keys, p.heads, dims, 8}) ||
         !product_fits({p.batch, p.num_queries, p.num_keys, p.heads, 8}))
         return false;
+    if (!between(0, p.is_causal, 1) || (p.is_causal && p.num_queries > p.num_keys)) return false;
+    if (!between(0, p.block_size, LARGEST)) return false;
+    if (p.block_size) {
+        if (!between(0, p.list_length, LARGEST)) return false;
+        if (!product_fits({p.batch, std::max<int64_t>(p.num_queries, 1), p.kv_heads, p.list_length + 1, 8})) return false;
+        if (!operand(p.blocks, 8, {p.batch, p.num_queries, p.kv_heads}, p.block_stride, p.list_length, READ)) return false;
+    }
     const int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2;
     const int64_t queries[] = {p.batch, 1, 1, p.num_queries, p.heads};
     const int64_t keys[] = {p.batch, 1, 1, p.num_keys, p.kv_heads};
@@ -162,6 +169,42 @@ bool decode_is_valid(const nearfield_decode &p) {
            (!p.lse.data || tensor(p.lse, 4, queries, 1, WRITTEN)) &&
            operand(p.visible, 1, {p.batch, p.num_queries}, p.visible_stride, p.num_keys, OPTIONAL) &&
            operand(p.addend, 4, {p.batch, p.heads, p.num_queries}, p.addend_stride, p.num_keys, OPTIONAL);
+}
+
+int64_t count_blocks(int64_t keys, int64_t size) { return keys / size + (keys % size != 0); }
+
+bool shares_are_valid(const nearfield_shares &p) {
+    if (!between(NEARFIELD_F32, p.dtype, NEARFIELD_F16) || !between(NEARFIELD_F32, p.key_dtype, NEARFIELD_F16)) return false;
+    if (!between(0, p.batch, LARGEST) || !between(0, p.num_queries, LARGEST) || !between(0, p.num_keys, LARGEST))
+        return false;
+    if (!heads_and_dims(p.heads, p.kv_heads, p.head_dim, 1, p.scale)) return false;
+    if (!between(1, p.block_size, LARGEST) || !between(0, p.is_bound, 1) || !between(0, p.is_causal, 1)) return false;
+    if ((p.is_causal && p.num_queries > p.num_keys) || !(p.last_part > 0 && p.last_part <= 1)) return false;
+    const int64_t width = p.head_dim << p.is_bound, blocks = count_blocks(p.num_keys, p.block_size);
+    if (!product_fits({p.batch, p.num_queries, p.heads, width, 8}) || !product_fits({p.batch, p.num_keys, p.heads, width, 8}) ||
+        !product_fits({p.batch, p.num_queries, p.heads, blocks + 64, 8}))
+        return false;
+    const int64_t queries[] = {p.batch, 1, 1, p.num_queries, p.heads};
+    const int64_t keys[] = {p.batch, 1, 1, p.num_keys, p.kv_heads};
+    const bool is_empty = !p.batch || !p.num_queries || !blocks;
+    return tensor(p.query, p.dtype == NEARFIELD_F32 ? 4 : 2, queries, p.head_dim, READ) &&
+           tensor(p.key, p.key_dtype == NEARFIELD_F32 ? 4 : 2, keys, width, READ) &&
+           array(p.key_mask, 1, {p.batch, p.num_keys}) && (is_empty || p.shares) &&
+           array(p.shares, 4, {p.batch, p.num_queries, p.kv_heads, blocks});
+}
+
+bool choice_is_valid(const nearfield_choice &p) {
+    if (!between(0, p.batch, LARGEST) || !between(0, p.num_queries, LARGEST) || !between(p.num_queries, p.num_keys, LARGEST))
+        return false;
+    if (!between(1, p.kv_heads, LARGEST) || !between(1, p.block_size, LARGEST) || !between(0, p.list_length, LARGEST))
+        return false;
+    if (!between(0, p.num_blocks, LARGEST) || !between(0, p.sink_blocks, LARGEST) || !between(0, p.num_recent, LARGEST))
+        return false;
+    const int64_t blocks = count_blocks(p.num_keys, p.block_size);
+    const bool is_empty = !p.batch || !p.num_queries;
+    return array(p.scores, 4, {p.batch, p.num_queries, p.kv_heads, blocks}) && (is_empty || !blocks || p.scores) &&
+           array(p.chosen, 8, {p.batch, p.num_queries, p.kv_heads, p.list_length}) &&
+           (is_empty || !p.list_length || p.chosen);
 }
 
 bool scan_is_valid(const nearfield_scan &p, bool backward) {
@@ -286,6 +329,16 @@ int validate_attention(const nearfield_attention *problems, int64_t count, int64
 int validate_decode(const nearfield_decode *problem, int64_t threads) {
     if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_decode))) return NEARFIELD_INVALID;
     return decode_is_valid(*problem) ? NEARFIELD_OK : NEARFIELD_INVALID;
+}
+
+int validate_shares(const nearfield_shares *problem, int64_t threads) {
+    if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_shares))) return NEARFIELD_INVALID;
+    return shares_are_valid(*problem) ? NEARFIELD_OK : NEARFIELD_INVALID;
+}
+
+int validate_choice(const nearfield_choice *problem, int64_t threads) {
+    if (threads < 1 || !problem || !aligned(problem, alignof(nearfield_choice))) return NEARFIELD_INVALID;
+    return choice_is_valid(*problem) ? NEARFIELD_OK : NEARFIELD_INVALID;
 }
 
 int validate_scan(const nearfield_scan *problem, int64_t threads, bool backward) {

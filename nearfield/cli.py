@@ -336,9 +336,16 @@ def convert(
     tokens: Tokens = None,
     out: Out = None,
     quick: Annotated[bool, typer.Option("--quick", help="2,048 tokens and fewer slices: minutes.")] = False,
+    purpose: Annotated[
+        str, typer.Option("--for", help="prefill, or decode: steps that read few blocks of a long cache.")
+    ] = "prefill",
     json_: Json = False,
 ) -> None:
     """Make a model local: measure, plan within the quality budget, swap, compare, save."""
+    if purpose not in ("prefill", "decode"):
+        raise typer.BadParameter(f"{purpose!r} is unknown. Choose prefill or decode.", param_hint="--for")
+    if purpose == "decode" and kernel_size is not None:
+        raise typer.BadParameter("is for prefill: a step reads blocks instead.", param_hint="--kernel-size")
     if (to == "neighborhood") != (kernel_size is not None):
         raise typer.BadParameter("--to neighborhood and --kernel-size belong together.", param_hint="--to")
     if to not in ("auto", "neighborhood") and not to.endswith(".json"):
@@ -359,6 +366,7 @@ def convert(
             out=out,
             quick=quick,
             kernel_size=kernel if kernel is None or len(kernel) > 1 else kernel[0],
+            purpose=purpose,
             progress=progress,
         )
     say(report, json_)

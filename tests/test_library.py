@@ -88,6 +88,8 @@ def test_structures_are_those_of_the_header(root):
         "axis": library.Axis,
         "attention": library.Attention,
         "decode": library.Decode,
+        "shares": library.Shares,
+        "choice": library.Choice,
         "linear": library.Linear,
         "scan": library.Scan,
         "lla": library.LocalLinear,

@@ -325,6 +325,33 @@ Case make_attention(Draw &draw, bool bias, bool grad_bias, bool far) {
     return c;
 }
 
+// Lists of blocks in any order, with some of them twice and some that are none; keys that no list names are NaN.
+void list_blocks(Draw &draw, Case &c, Doubles &k, Doubles &v) {
+    nearfield_decode &p = c.decode;
+    p.block_size = draw.pick({int64_t(1), int64_t(16), int64_t(64), draw.between(1, 100), p.num_keys + 3});
+    int64_t blocks = (p.num_keys + p.block_size - 1) / p.block_size;
+    p.list_length = draw.pick({draw.between(0, 4), draw.between(0, blocks + 2), blocks});
+    int64_t size[3] = {p.batch, p.num_queries, p.kv_heads}, extent = p.list_length + draw.between(0, 2);
+    for (int64_t d = 2; d >= 0; --d) {
+        p.block_stride[d] = draw.chance(d == 1 ? 0.5 : 0.1) ? 0 : std::max<int64_t>(extent, 1);
+        if (p.block_stride[d]) extent *= size[d];
+    }
+    auto *list = array<int64_t>(c, std::max<int64_t>(extent, 1));
+    for (int64_t i = 0; i < extent; ++i)
+        list[i] = blocks && draw.chance(0.9) ? draw.between(0, blocks - 1) : draw.pick<int64_t>({-1, -1, INT64_MIN});
+    p.blocks = list;
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t h = 0; h < p.kv_heads; ++h)
+            for (int64_t j = 0; j < p.num_keys; ++j) {
+                bool named = false;
+                for (int64_t n = 0; n < p.num_queries; ++n) named |= names(p, b, n, h, j / p.block_size);
+                if (named) continue;
+                int64_t row = (b * p.num_keys + j) * p.kv_heads + h;
+                std::fill_n(k.begin() + row * p.head_dim, p.head_dim, NOT_A_NUMBER);
+                std::fill_n(v.begin() + row * p.value_dim, p.value_dim, NOT_A_NUMBER);
+            }
+}
+
 Case make_decode(Draw &draw, bool far) {
     Case c;
     c.is_decode = true;
@@ -365,6 +392,8 @@ Case make_decode(Draw &draw, bool far) {
             }
         p.visible = visible;
     }
+    if (p.num_queries <= p.num_keys) p.is_causal = draw.chance(0.4);
+    if (draw.chance(0.5)) list_blocks(draw, c, k, v);
     if (draw.chance(0.4)) {
         int64_t row = p.num_keys + draw.between(0, 3), size[3] = {p.batch, p.heads, p.num_queries}, extent = row;
         for (int64_t d = 2; d >= 0; --d) {
@@ -388,10 +417,10 @@ Case make_decode(Draw &draw, bool far) {
     if (c.outputs.size() > 1) expect(c, 1, std::move(forward.lse)), c.outputs[1].floor = 1;
     char line[300];
     std::snprintf(line, sizeof line,
-                  "decode %s batch %lld queries %lld keys %lld heads %lld/%lld dims %lld,%lld%s%s%s%s", DTYPES[p.dtype],
+                  "decode %s batch %lld queries %lld keys %lld heads %lld/%lld dims %lld,%lld%s%s%s%s%s%s", DTYPES[p.dtype],
                   (long long)p.batch, (long long)p.num_queries, (long long)p.num_keys,
                   (long long)p.heads, (long long)p.kv_heads, (long long)p.head_dim, (long long)p.value_dim,
-                  p.visible ? " visible" : "", p.addend ? " addend" : "", c.special ? " special" : "",
+                  p.visible ? " visible" : "", p.is_causal ? " causal" : "", p.block_size ? " lists" : "", p.addend ? " addend" : "", c.special ? " special" : "",
                   far ? " far" : "");
     c.text = line;
     return c;

@@ -31,7 +31,7 @@ enum Use { OPTIONAL, READ, WRITTEN };
 // A fresh place for tensors, of memory or of pages that may not be touched.
 struct Arena {
     explicit Arena(int access)
-        : data(static_cast<uint8_t *>(mmap(nullptr, ARENA, access, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+        : may_touch(access & PROT_WRITE), data(static_cast<uint8_t *>(mmap(nullptr, ARENA, access, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
         if (data == MAP_FAILED) std::perror("mmap"), std::exit(2);
         if (access & PROT_WRITE) std::memset(data, 0x3d, ARENA);  // ordinary numbers in every dtype
     }
@@ -41,6 +41,7 @@ struct Arena {
         if (used > ARENA) std::abort();
         return at;
     }
+    bool may_touch;
     uint8_t *data;
     int64_t used = 0;
 };
@@ -110,6 +111,42 @@ nearfield_decode whole_decode(Draw &draw, Arena &arena) {
     if (draw.chance(0.5)) p.addend = static_cast<float *>(arena.take(4 * p.batch * p.heads * table));
     p.visible_stride[0] = draw.chance(0.5) ? table : 0, p.visible_stride[1] = row;
     p.addend_stride[0] = p.heads * table, p.addend_stride[1] = table, p.addend_stride[2] = row;
+    if (p.num_queries <= p.num_keys) p.is_causal = draw.between(0, 1);
+    if (draw.chance(0.5)) {
+        p.block_size = draw.between(1, 50), p.list_length = draw.between(0, 5);
+        p.block_stride[2] = p.list_length, p.block_stride[1] = draw.between(0, 1) * p.kv_heads * p.list_length;
+        p.block_stride[0] = p.num_queries * p.kv_heads * p.list_length;
+        int64_t count = p.batch * p.block_stride[0], blocks = (p.num_keys + p.block_size - 1) / p.block_size;
+        auto *list = static_cast<int64_t *>(arena.take(8 * count));
+        for (int64_t i = 0; arena.may_touch && i < count; ++i) list[i] = draw.between(-1, blocks - 1);
+        p.blocks = list;
+    }
+    return p;
+}
+
+nearfield_shares whole_shares(Draw &draw, Arena &arena) {
+    nearfield_shares p{};
+    p.dtype = draw.between(0, 2), p.key_dtype = draw.between(0, 2), p.batch = draw.between(0, 2);
+    p.num_keys = draw.between(0, 40), p.num_queries = draw.between(0, 3), p.kv_heads = draw.between(1, 3);
+    p.heads = p.kv_heads * draw.between(1, 3), p.head_dim = draw.between(1, 20), p.scale = -0.25, p.last_part = 0.5;
+    p.block_size = draw.between(1, 50), p.is_bound = draw.between(0, 1);
+    if (p.num_queries <= p.num_keys) p.is_causal = draw.between(0, 1);
+    const int64_t queries[] = {p.batch, 1, 1, p.num_queries, p.heads}, keys[] = {p.batch, 1, 1, p.num_keys, p.kv_heads};
+    p.query = contiguous(arena, queries, p.head_dim), p.key = contiguous(arena, keys, p.head_dim << p.is_bound);
+    if (draw.chance(0.5)) p.key_mask = static_cast<uint8_t *>(arena.take(p.batch * p.num_keys));
+    p.shares = static_cast<float *>(arena.take(4 * p.batch * p.num_queries * p.kv_heads * (p.num_keys + 1)));
+    return p;
+}
+
+nearfield_choice whole_choice(Draw &draw, Arena &arena) {
+    nearfield_choice p{};
+    p.batch = draw.between(0, 2), p.num_keys = draw.between(0, 200), p.kv_heads = draw.between(1, 3);
+    p.num_queries = draw.between(0, std::min<int64_t>(p.num_keys, 3)), p.block_size = draw.between(1, 50);
+    p.num_blocks = draw.between(0, 9), p.sink_blocks = draw.between(0, 3), p.num_recent = draw.between(0, 99);
+    p.list_length = draw.between(0, 12);
+    int64_t rows = p.batch * p.num_queries * p.kv_heads;
+    p.scores = static_cast<float *>(arena.take(4 * rows * p.num_keys));
+    p.chosen = static_cast<int64_t *>(arena.take(8 * rows * p.list_length));
     return p;
 }
 
@@ -187,6 +224,40 @@ bool is_whole(const nearfield_attention &p, bool backward) {
            array(p.grad_bias, 4, {p.heads, kz, ky, kx});
 }
 
+bool is_array(const void *data, int64_t bytes, std::initializer_list<int64_t> sizes) {
+    Wide size = product(sizes) * bytes, address = Wide(reinterpret_cast<uintptr_t>(data));
+    return !data || (address % bytes == 0 && size <= INT64_MAX && address + size <= Wide(UINTPTR_MAX));
+}
+
+bool is_whole(const nearfield_shares &p) {
+    if (!in(0, p.dtype, 2) || !in(0, p.key_dtype, 2) || !in(0, p.batch, MOST)) return false;
+    if (!in(0, p.num_queries, MOST) || !in(0, p.num_keys, MOST)) return false;
+    if (!in(1, p.heads, MOST) || !in(1, p.kv_heads, MOST) || p.heads % p.kv_heads) return false;
+    if (!in(1, p.head_dim, 1024) || !std::isfinite(float(p.scale)) || !(p.last_part > 0) || p.last_part > 1) return false;
+    if (!in(1, p.block_size, MOST) || !in(0, p.is_bound, 1) || !in(0, p.is_causal, 1)) return false;
+    if (p.is_causal && p.num_queries > p.num_keys) return false;
+    int64_t width = p.head_dim << p.is_bound, blocks = (p.num_keys + p.block_size - 1) / p.block_size;
+    if (product({p.batch, p.num_queries, p.heads, width, 8}) > INT64_MAX) return false;
+    if (product({p.batch, p.num_keys, p.heads, width, 8}) > INT64_MAX) return false;
+    if (product({p.batch, p.num_queries, p.heads, blocks + 64, 8}) > INT64_MAX) return false;
+    bool is_empty = !p.batch || !p.num_queries || !blocks;
+    return fits(p.query.data, p.dtype ? 2 : 4, {p.batch, 1, 1, p.num_queries, p.heads}, p.query.stride, p.head_dim, READ) &&
+           fits(p.key.data, p.key_dtype ? 2 : 4, {p.batch, 1, 1, p.num_keys, p.kv_heads}, p.key.stride, width, READ) &&
+           is_array(p.key_mask, 1, {p.batch, p.num_keys}) && (is_empty || p.shares) &&
+           is_array(p.shares, 4, {p.batch, p.num_queries, p.kv_heads, blocks});
+}
+
+bool is_whole(const nearfield_choice &p) {
+    if (!in(0, p.batch, MOST) || !in(0, p.num_queries, MOST) || !in(p.num_queries, p.num_keys, MOST)) return false;
+    if (!in(1, p.kv_heads, MOST) || !in(1, p.block_size, MOST) || !in(0, p.list_length, MOST)) return false;
+    if (!in(0, p.num_blocks, MOST) || !in(0, p.sink_blocks, MOST) || !in(0, p.num_recent, MOST)) return false;
+    int64_t blocks = (p.num_keys + p.block_size - 1) / p.block_size;
+    bool is_empty = !p.batch || !p.num_queries;
+    return is_array(p.scores, 4, {p.batch, p.num_queries, p.kv_heads, blocks}) && (is_empty || !blocks || p.scores) &&
+           is_array(p.chosen, 8, {p.batch, p.num_queries, p.kv_heads, p.list_length}) &&
+           (is_empty || !p.list_length || p.chosen);
+}
+
 bool is_whole(const nearfield_decode &p) {
     if (!in(0, p.dtype, 2) || !in(0, p.batch, MOST)) return false;
     if (!in(0, p.num_queries, MOST) || !in(0, p.num_keys, MOST)) return false;
@@ -196,6 +267,12 @@ bool is_whole(const nearfield_decode &p) {
     if (product({p.batch, p.num_queries, p.heads, dims, 8}) > INT64_MAX) return false;
     if (product({p.batch, p.num_keys, p.heads, dims, 8}) > INT64_MAX) return false;
     if (product({p.batch, p.num_queries, p.num_keys, p.heads, 8}) > INT64_MAX) return false;
+    if (!in(0, p.is_causal, 1) || (p.is_causal && p.num_queries > p.num_keys) || !in(0, p.block_size, MOST)) return false;
+    if (p.block_size && !in(0, p.list_length, MOST)) return false;
+    int64_t lists = std::max<int64_t>(p.num_queries, 1);
+    if (p.block_size && product({p.batch, lists, p.kv_heads, p.list_length + 1, 8}) > INT64_MAX) return false;
+    if (p.block_size && !fits(p.blocks, 8, {p.batch, p.num_queries, p.kv_heads}, p.block_stride, p.list_length, READ))
+        return false;
     int64_t element = p.dtype == NEARFIELD_F32 ? 4 : 2;
     auto fit = [&](const nearfield_tensor &t, int64_t tokens, int64_t heads, int64_t channels, int64_t bytes, Use use) {
         return fits(t.data, bytes, {p.batch, 1, 1, tokens, heads}, t.stride, channels, use);
@@ -246,15 +323,27 @@ std::string step(Draw &draw) {
     Arena &arena = broken ? forbidden : memory;
     arena.used = 0;
     int64_t threads = draw.between(1, 4), count = draw.between(1, 3);
-    int kind = int(draw.between(0, 2));
+    int kind = int(draw.between(0, 4));
     bool grad_bias = draw.chance(0.4), whole = true;
     std::vector<nearfield_attention> problems, before;
     nearfield_decode decode{}, decode_before{};
+    nearfield_shares shares{}, shares_before{};
+    nearfield_choice choice{}, choice_before{};
     if (kind == 2) {
         decode = whole_decode(draw, arena);
         if (broken) corrupt(draw, decode);
         decode_before = decode;
         whole = is_whole(decode);
+    } else if (kind == 3) {
+        shares = whole_shares(draw, arena);
+        if (broken) corrupt(draw, shares);
+        shares_before = shares;
+        whole = is_whole(shares);
+    } else if (kind == 4) {
+        choice = whole_choice(draw, arena);
+        if (broken) corrupt(draw, choice);
+        choice_before = choice;
+        whole = is_whole(choice);
     } else {
         for (int64_t i = 0; i < count; ++i) problems.push_back(whole_attention(draw, arena, grad_bias));
         if (broken && draw.chance(0.1))
@@ -267,25 +356,34 @@ std::string step(Draw &draw) {
     }
     const nearfield_attention *first = problems.data();
     if (broken && draw.chance(0.05)) threads = draw.pick<int64_t>({0, -1, INT64_MIN}), whole = false;
-    if (broken && kind != 2 && draw.chance(0.03)) count = draw.pick<int64_t>({-1, INT64_MIN}), whole = false;
-    if (broken && kind != 2 && draw.chance(0.03)) first = nullptr, whole = false;
+    if (broken && kind < 2 && draw.chance(0.03)) count = draw.pick<int64_t>({-1, INT64_MIN}), whole = false;
+    if (broken && kind < 2 && draw.chance(0.03)) first = nullptr, whole = false;
 
     int found;
     if (broken && whole)  // the damage is none, but the tensors are not there
-        found = kind == 2 ? validate_decode(&decode, threads) : validate_attention(first, count, threads, kind == 1);
+        found = kind == 2   ? validate_decode(&decode, threads)
+                : kind == 3 ? validate_shares(&shares, threads)
+                : kind == 4 ? validate_choice(&choice, threads)
+                            : validate_attention(first, count, threads, kind == 1);
     else
         found = kind == 2   ? nearfield_decode_forward(&decode, threads)
+                : kind == 3 ? nearfield_block_shares(&shares, threads)
+                : kind == 4 ? nearfield_choose_blocks(&choice, threads)
                 : kind == 1 ? nearfield_attention_backward(first, count, threads)
                             : nearfield_attention_forward(first, count, threads);
+    const char *names[] = {"forward", "backward", "decode", "shares", "choice"};
     if (found != (whole ? NEARFIELD_OK : NEARFIELD_INVALID))
-        return std::string(kind == 2 ? "decode" : kind == 1 ? "backward" : "forward") + " gave " +
-               std::to_string(found) + " for a " + (whole ? "whole" : "broken") + " descriptor";
-    if (std::memcmp(&decode, &decode_before, sizeof decode) ||
+        return std::string(names[kind]) + " gave " + std::to_string(found) + " for a " + (whole ? "whole" : "broken") +
+               " descriptor";
+    if (std::memcmp(&decode, &decode_before, sizeof decode) || std::memcmp(&shares, &shares_before, sizeof shares) ||
+        std::memcmp(&choice, &choice_before, sizeof choice) ||
         (!problems.empty() && std::memcmp(problems.data(), before.data(), problems.size() * sizeof problems[0])))
         return "a descriptor was written";
     const char *wrong_isa = draw.pick<const char *>({nullptr, "", " ", "avx", "avx512 avx2", "avx2 ", "AVX2", "\xff"});
     if (nearfield_use(wrong_isa) != NEARFIELD_INVALID) return "an unknown instruction set was accepted";
-    if (nearfield_decode_forward(nullptr, 1) != NEARFIELD_INVALID) return "no descriptor was accepted";
+    if (nearfield_decode_forward(nullptr, 1) != NEARFIELD_INVALID ||
+        nearfield_block_shares(nullptr, 1) != NEARFIELD_INVALID || nearfield_choose_blocks(nullptr, 1) != NEARFIELD_INVALID)
+        return "no descriptor was accepted";
     if (nearfield_attention_forward(nullptr, 0, 1) != NEARFIELD_OK) return "an empty job was refused";
     return "";
 }

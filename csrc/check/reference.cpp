@@ -297,6 +297,12 @@ Backward attention_backward(const nearfield_attention &p) {
     return grad;
 }
 
+bool names(const nearfield_decode &p, int64_t batch, int64_t query, int64_t kv_head, int64_t block) {
+    const int64_t *list =
+        p.blocks + batch * p.block_stride[0] + query * p.block_stride[1] + kv_head * p.block_stride[2];
+    return std::find(list, list + p.list_length, block) != list + p.list_length;
+}
+
 Forward decode(const nearfield_decode &p) {
     Shape queries{p.batch, {1, 1, p.num_queries}, p.heads, p.head_dim};
     Shape keys{p.batch, {1, 1, p.num_keys}, p.kv_heads, p.head_dim};
@@ -313,6 +319,8 @@ Forward decode(const nearfield_decode &p) {
                 std::vector<Term> terms;
                 for (int64_t j = 0; j < p.num_keys; ++j) {
                     if (p.visible && !p.visible[b * p.visible_stride[0] + n * p.visible_stride[1] + j]) continue;
+                    if (p.is_causal && j > p.num_keys - p.num_queries + n) continue;
+                    if (p.block_size && !names(p, b, n, h / (p.heads / p.kv_heads), j / p.block_size)) continue;
                     Term term;
                     term.key = (b * p.num_keys + j) * p.kv_heads + h / (p.heads / p.kv_heads);
                     for (int64_t c = 0; c < p.head_dim; ++c)

@@ -35,6 +35,8 @@ struct Backward {
 Forward attention(const nearfield_attention &problem);
 Backward attention_backward(const nearfield_attention &problem);  // reads grad_out and grad_lse, not out and lse
 Forward decode(const nearfield_decode &problem);
+// Whether a list of blocks names this one.
+bool names(const nearfield_decode &problem, int64_t batch, int64_t query, int64_t kv_head, int64_t block);
 
 // One element of a tensor of `dtype`. Writing rounds to nearest, ties to even.
 int64_t element_size(int64_t dtype);

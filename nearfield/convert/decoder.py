@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,7 @@ class Decoder:
         *,
         num_held_out: int = 4,
         seed: int = 0,
+        lengths: Sequence[tuple[int, int]] = LENGTHS,
     ):
         self.model, self.tokens = model, tokens
         texts = text.split(
@@ -74,7 +75,7 @@ class Decoder:
         stream = texts.held_out.flatten().tolist()
         self.prompts = [
             prompt
-            for divisor, number in LENGTHS
+            for divisor, number in lengths
             for prompt in recall.lookup(
                 stream,
                 tokenizer,

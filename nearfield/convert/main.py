@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from nearfield.convert.decoder import Decoder, Judged, Judgement, Trial, judge
+from nearfield.convert.decoding_report import DecodeConversion, decode_page
 from nearfield.convert.report import Conversion, EncoderConversion, Planned, Point
 from nearfield.convert.search import Planner, planner_of
 from nearfield.convert.store import save
@@ -24,8 +25,10 @@ from nearfield.convert.swap import NUM_SINKS, attention_sites, convert, default_
 from nearfield.hosts import packaged
 from nearfield.ops.neighborhood import Neighborhood
 from nearfield.plan.pattern import SitePlan, plan_from_json, read_json
+from nearfield.plan.reuse import ReusePolicy
 
 DEFAULT_MODEL = "smollm2-135m"
+PURPOSES = ("prefill", "decode")
 DEFAULT_TOKENS, QUICK_TOKENS = 8192, 2048
 TRIALS = 3  # real runs of whole plans on the calibration passage, before the judgement
 JUDGEMENTS = 4  # of ever more careful plans; the last is full attention everywhere
@@ -48,15 +51,26 @@ def run(
     quick: bool = False,
     kernel_size: int | tuple[int, ...] | None = None,
     seed: int = 0,
+    purpose: str = "prefill",
     progress: Tell | None = None,
-) -> Conversion | EncoderConversion:
+) -> Conversion | EncoderConversion | DecodeConversion:
     """The main job: MODEL made local within `budget`, and what that changed.
 
     `to` is "auto", "neighborhood" (one pattern of `kernel_size` everywhere) or a plan's JSON file; `budget`
     the largest relative rise of perplexity (for encoders: mean 1 - cosine of features). `out`, if given,
     receives the converted model, report.json and report.html.
+
+    `purpose="decode"` leaves prompts as they are and makes a decoder's steps read few blocks of its cache;
+    `to` is then "auto" or a policy's JSON file.
     """
     share = _share(budget)
+    if purpose not in PURPOSES:
+        raise ValueError(f"purpose={purpose!r} is unknown. Choose {' or '.join(PURPOSES)}.")
+    if purpose == "decode" and (to == "neighborhood" or kernel_size is not None):
+        raise ValueError(
+            "For decoding there is no kernel_size: steps read blocks that a policy chooses. Leave it out, or "
+            "convert for prefill."
+        )
     if (to == "neighborhood") != (kernel_size is not None):
         raise ValueError(
             f"to={to!r} with kernel_size={kernel_size!r}: `neighborhood` and a size belong together."
@@ -67,10 +81,13 @@ def run(
     tell("load the model", 0, 1)
     opened = packaged.find(model or DEFAULT_MODEL)
     tell("load the model", 1, 1)
-    if opened.kind != "decoder":
+    found: Conversion | EncoderConversion | DecodeConversion
+    if purpose == "decode":
+        found = _decode(opened, to, text, tokens, share, quick, seed, tell)
+    elif opened.kind != "decoder":
         from nearfield.convert.encoder import run as run_encoder
 
-        found: Conversion | EncoderConversion = run_encoder(
+        found = run_encoder(
             opened,
             to=to,
             budget=share,
@@ -87,6 +104,28 @@ def run(
     if out is not None:
         _write(found, opened, Path(out), tell)
     return found
+
+
+def _decode(
+    opened: packaged.Packaged,
+    to: str,
+    text: str | None,
+    tokens: int | None,
+    budget: float,
+    quick: bool,
+    seed: int,
+    tell: Tell,
+) -> DecodeConversion:
+    if opened.kind != "decoder":
+        raise NotImplementedError(
+            f"{opened.name} is an encoder: it reads its input at once and has no steps to make cheaper. Give "
+            "a language model, or leave out --for decode."
+        )
+    policy = None if to == "auto" else _read_policy(Path(to))
+    from nearfield.convert.decoding import DecodeJob
+
+    length = _tokens(opened.model, tokens, quick)
+    return DecodeJob(opened, text or "python", length, budget, quick, seed, tell).run(policy)
 
 
 def plan_only(
@@ -305,6 +344,11 @@ def _share(budget: str | float) -> float:
 
 def _tokens(model: nn.Module, tokens: int | None, quick: bool) -> int:
     most = positions(model)
+    if most is not None and most < LEAST_TOKENS:
+        raise ValueError(
+            f"The model has {most:,} positions, which is too few to judge it: prompts that hide keys need "
+            f"{LEAST_TOKENS:,}. Give a model that was made for longer texts."
+        )
     wanted = tokens or min(QUICK_TOKENS if quick else DEFAULT_TOKENS, most or DEFAULT_TOKENS)
     if wanted < LEAST_TOKENS or (most is not None and wanted > most):
         limit = f"{LEAST_TOKENS:,} to {most:,}" if most is not None else f"at least {LEAST_TOKENS:,}"
@@ -321,6 +365,13 @@ def _read_plan(path: Path) -> dict[str, SitePlan]:
     return plan_from_json(data["plan"] if isinstance(data, dict) and "plan" in data else data)
 
 
+def _read_policy(path: Path) -> ReusePolicy:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no policy {path}. Give auto, or the .json file of a policy.")
+    data = read_json(path.read_bytes())
+    return ReusePolicy.from_json(data["policy"] if isinstance(data, dict) and "policy" in data else data)
+
+
 def _check_out(out: Path) -> None:
     """Refuses before the work, not after it, a folder that could not be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -329,14 +380,17 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _write(found: Conversion | EncoderConversion, opened: packaged.Packaged, out: Path, tell: Tell) -> None:
+def _write(
+    found: Conversion | EncoderConversion | DecodeConversion, opened: packaged.Packaged, out: Path, tell: Tell
+) -> None:
     from nearfield.convert.page import encoder_page, page
 
     tell("write the folder", 0, 1)
-    extra = {
-        "report.json": found.text_json(),
-        "report.html": page(found) if isinstance(found, Conversion) else encoder_page(found),
-    }
+    if isinstance(found, DecodeConversion):
+        shown = decode_page(found)
+    else:
+        shown = page(found) if isinstance(found, Conversion) else encoder_page(found)
+    extra = {"report.json": found.text_json(), "report.html": shown}
     save(opened.model, out, tokenizer=opened.processor, extra=extra)
     found.folder = out
     tell("write the folder", 1, 1)

@@ -39,7 +39,7 @@ def page(found: Conversion) -> str:
         f"<h1>{escape(found.model)} made local</h1>",
         f'<p class="note">{found.tokens:,} tokens of {escape(found.text)} text; {escape(_where(found))}</p>',
         _verdict(found),
-        _table(("", "before", "after", "change (95 % interval)"), found.figures),
+        table(("", "before", "after", "change (95 % interval)"), found.figures),
     ]
     if found.planner is not None:
         try:
@@ -52,10 +52,10 @@ def page(found: Conversion) -> str:
         ]
         parts += [
             "<h2>Other plans, one run each on the calibration passage</h2>",
-            _table(("plan", "prefill, s", "perplexity", "added to pass keys, nats per token"), controls),
+            table(("plan", "prefill, s", "perplexity", "added to pass keys, nats per token"), controls),
         ]
     words = "1024+4 is a causal window of 1,024 tokens and the first 4; full is full attention."
-    return _document(found.model, [*parts, *_patterns(found, words)])
+    return document(f"{found.model} made local", [*parts, *_patterns(found, words)])
 
 
 def encoder_page(found: EncoderConversion) -> str:
@@ -72,11 +72,10 @@ def encoder_page(found: EncoderConversion) -> str:
         f"<h1>{escape(found.model)} made local</h1>",
         f'<p class="note">{found.tokens:,} tokens of {escape(found.inputs)}; {escape(_where(found))}</p>',
         _verdict(found),
-        _table(("", "found (95 % interval)"), rows),
+        table(("", "found (95 % interval)"), rows),
     ]
-    return _document(
-        found.model, [*parts, *_patterns(found, "9 is a window of 9 tokens a side; full is full attention.")]
-    )
+    words = "9 is a window of 9 tokens a side; full is full attention."
+    return document(f"{found.model} made local", [*parts, *_patterns(found, words)])
 
 
 def _verdict(found: Conversion | EncoderConversion) -> str:
@@ -96,16 +95,17 @@ def _patterns(found: Conversion | EncoderConversion, words: str) -> list[str]:
         "<h2>Pattern by site and key/value head</h2>",
         f'<p class="note">{words}</p>',
         '<div class="scroll">',
-        _table(("site", *(f"head {i}" for i in range(heads))), rows),
+        table(("site", *(f"head {i}" for i in range(heads))), rows),
         "</div>",
     ]
 
 
-def _document(title: str, parts: list[str]) -> str:
+def document(title: str, parts: list[str]) -> str:
+    """A whole page."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)} made local</title><style>{STYLE}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n"
     )
 
@@ -117,7 +117,9 @@ def _where(found: Conversion | EncoderConversion) -> str:
     )
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table of texts."""
+
     def line(tag: str, cells: tuple[str, ...]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
@@ -135,15 +137,16 @@ def _pictures(found: Conversion) -> list[str]:
     ]
     parts = []
     for title, figure, words in shown:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        data = base64.b64encode(buffer.getvalue()).decode()
-        parts += [
-            f"<h2>{title}</h2>",
-            f'<img alt="{title}" src="data:image/png;base64,{data}">',
-            f'<p class="note">{words}</p>',
-        ]
+        parts += [f"<h2>{title}</h2>", picture(title, figure), f'<p class="note">{words}</p>']
     return parts
+
+
+def picture(title: str, figure: Any) -> str:
+    """A matplotlib figure inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{title}" src="data:image/png;base64,{data}">'
 
 
 def frontier(found: Conversion) -> Any:

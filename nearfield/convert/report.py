@@ -15,6 +15,7 @@ import torch
 from nearfield.bench.results import provenance
 from nearfield.ops.neighborhood.geometry import Neighborhood
 from nearfield.plan.pattern import SitePlan, pattern_to_json
+from nearfield.plan.reuse import ReusePolicy
 
 if TYPE_CHECKING:
     from nearfield.convert.decoder import Judgement
@@ -30,13 +31,18 @@ class Report:
     sites: tuple[SitePlan, ...]
     skipped: Mapping[str, str]  # site name -> why it was left alone
     restore: Callable[[], None]
+    policy: ReusePolicy | None = None  # of a decoder whose steps read blocks; there are no sites then
 
     def json(self) -> dict[str, Any]:
+        if self.policy is not None:
+            return {"policy": self.policy.to_json()}
         return {"sites": [site.to_json() for site in self.sites], "skipped": dict(self.skipped)}
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
+        if self.policy is not None:
+            return policy_words(self.policy)
         table = Table(title="Converted sites")
         table.add_column("site")
         table.add_column("pattern by key/value head")
@@ -365,6 +371,22 @@ def word_of(pattern: Neighborhood | None) -> str:
     size = pattern.kernel_size
     text = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
     return f"{text}+{pattern.num_sinks}" if pattern.num_sinks else text
+
+
+def policy_words(policy: ReusePolicy) -> str:
+    """A policy in a sentence, and its layers as a strip of letters."""
+    if not policy.selecting:
+        return "Every layer attends to everything."
+    letters = "".join(
+        "F" if source is None else "S" if source == layer else "."
+        for layer, source in enumerate(policy.sources)
+    )
+    return (
+        f"Layers {letters}: {len(policy.full)} full (F), {len(policy.selecting)} select (S), "
+        f"{len(policy.reusing)} reuse. A sparse layer reads {policy.num_tokens:,} keys in blocks of "
+        f"{policy.block_size}, of them the first {policy.num_sinks} and the newest {policy.num_recent}; "
+        f"score: {policy.score}. Below {policy.least_tokens:,} keys every step is dense."
+    )
 
 
 def verdict_words(holds: bool, budget: float, judgements: int, any_local: bool) -> str:

@@ -1,4 +1,4 @@
-"""A converted model in a folder: the host's own files, and `nearfield.json` with the plan.
+"""A converted model in a folder: the host's own files, and `nearfield.json` with the plan or the policy.
 
 A save is all or nothing: files are written beside the folder and moved there when the last one is whole.
 """
@@ -16,14 +16,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 import nearfield
-from nearfield.convert.swap import PLAN, convert, is_transformers
+from nearfield.convert.swap import PLAN, POLICY, convert, is_transformers
 from nearfield.core.errors import require
 from nearfield.hosts.headers import check_json, check_model
 from nearfield.hosts.packaged import quiet
 from nearfield.plan.pattern import SitePlan, plan_from_json, plan_to_json, read_json
+from nearfield.plan.reuse import ReusePolicy
 
 PLAN_FILE = "nearfield.json"
-FORMAT = 1
+FORMATS = {1: "plan", 2: "policy"}  # what a file of each format holds beside its origin
 LONGEST = 64 << 20  # bytes of a nearfield.json that anyone could mean
 
 
@@ -38,7 +39,8 @@ def save(
     """
     folder = Path(folder).resolve()  # so that it has a name, whatever it was called
     plan: dict[str, SitePlan] | None = getattr(model, PLAN, None)
-    if plan is None:
+    policy: ReusePolicy | None = getattr(model, POLICY, None)
+    if plan is None and policy is None:
         raise ValueError(
             "The model is not converted, so there is no plan to save. Call nearfield.convert.convert first."
         )
@@ -60,8 +62,12 @@ def save(
             tokenizer.save_pretrained(unfinished)
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        described = {"format": FORMAT, "nearfield": nearfield.__version__, "model": type(model).__name__}
-        described["plan"] = plan_to_json(plan)
+        described: dict[str, Any] = {"format": 1 if policy is None else 2}
+        described |= {"nearfield": nearfield.__version__, "model": type(model).__name__}
+        if policy is not None:
+            described["policy"] = policy.to_json()
+        elif plan is not None:
+            described["plan"] = plan_to_json(plan)
         (unfinished / PLAN_FILE).write_text(
             json.dumps(described, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
@@ -95,11 +101,14 @@ def load(folder: str | Path) -> nn.Module:
         raise ValueError(f"{path} is {path.stat().st_size:,} bytes long; a plan is at most {LONGEST:,}.")
     try:
         described = read_json(path.read_bytes())
-        if not isinstance(described, dict) or set(described) != {"format", "nearfield", "model", "plan"}:
-            raise ValueError("it must hold format, nearfield, model and plan, and nothing else")
-        if type(described["format"]) is not int or described["format"] != FORMAT:
-            raise ValueError(f"its format is {described['format']!r}; this version reads {FORMAT}")
-        plan = plan_from_json(described["plan"])
+        held = described.get("format") if isinstance(described, dict) else None
+        kind = FORMATS.get(held, "plan") if type(held) is int else "plan"
+        if not isinstance(described, dict) or set(described) != {"format", "nearfield", "model", kind}:
+            raise ValueError(f"it must hold format, nearfield, model and {kind}, and nothing else")
+        if type(held) is not int or held not in FORMATS:
+            raise ValueError(f"its format is {held!r}; this version reads {' and '.join(map(str, FORMATS))}")
+        plan: dict[str, SitePlan] | ReusePolicy
+        plan = plan_from_json(described["plan"]) if held == 1 else ReusePolicy.from_json(described["policy"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no plan of ours: {error}") from None
     model = _host(folder, described["model"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,14 +14,16 @@ from nearfield.hosts import seam
 from nearfield.hosts.seam import Site
 from nearfield.ops.neighborhood import Neighborhood
 from nearfield.plan.pattern import SitePlan
+from nearfield.plan.reuse import ReusePolicy
 
-PLAN = "nearfield_plan"  # on a converted instance: site name -> SitePlan, what `save` writes
+# On a converted instance, what `save` writes: site name -> SitePlan, or a ReusePolicy.
+PLAN, POLICY = "nearfield_plan", "nearfield_policy"
 NUM_SINKS = 4  # first tokens that converted decoders keep in sight unless the pattern says otherwise
 
 
 def convert(
     model: nn.Module,
-    pattern_or_plan: Neighborhood | Mapping[str, SitePlan] | Sequence[SitePlan],
+    pattern_or_plan: Neighborhood | Mapping[str, SitePlan] | Sequence[SitePlan] | ReusePolicy,
     where: str = "*",
     *,
     example: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -32,10 +34,15 @@ def convert(
 
     `pattern_or_plan` is one pattern for all heads of the sites whose names match the glob `where`, or a plan
     that names sites itself. transformers models need nothing more; for other hosts `example` (arguments of
-    one forward: a mapping, or a sequence) lets their sites be found.
+    one forward: a mapping, or a sequence) lets their sites be found. A `ReusePolicy` instead leaves prompts
+    as they are and makes a transformers decoder's steps read few blocks of its cache.
 
     Raises `ValueError` where nothing matches, or a pattern does not suit a site; then nothing has changed.
     """
+    if getattr(model, PLAN, None) is not None or getattr(model, POLICY, None) is not None:
+        raise ValueError("The model is converted already. Call restore() of that conversion's report first.")
+    if isinstance(pattern_or_plan, ReusePolicy):
+        return _decoding(model, pattern_or_plan)
     found = {site.name: site for site in attention_sites(model, example)}
     skipped: dict[str, str] = {}
     if isinstance(pattern_or_plan, Neighborhood):
@@ -61,17 +68,30 @@ def convert(
             raise ValueError(f"The plan names no site that matches {where!r}. It must name one at least.")
         skipped = {name: "is not in the plan" for name in found if name not in plan}
     local = {name: site for name, site in plan.items() if not site.is_full}
-    if getattr(model, PLAN, None) is not None:
-        raise ValueError("The model is converted already. Call restore() of that conversion's report first.")
-    undo = _install(model, local)
-    setattr(model, PLAN, dict(plan))
+    return Report(tuple(plan.values()), skipped, _marked(model, PLAN, dict(plan), _install(model, local)))
+
+
+def _decoding(model: nn.Module, policy: ReusePolicy) -> Report:
+    if not is_transformers(model):
+        raise NotImplementedError(
+            f"A {type(model).__name__} keeps no cache that is known here. Decoding by blocks is for the "
+            "decoders of transformers."
+        )
+    from nearfield.hosts.transformers_blocks import install_reuse
+
+    return Report((), {}, _marked(model, POLICY, policy, install_reuse(model, policy)), policy)
+
+
+def _marked(model: nn.Module, name: str, what: Any, undo: Callable[[], None]) -> Callable[[], None]:
+    """Notes on the model how it is converted; the result undoes both, once."""
+    setattr(model, name, what)
 
     def restore() -> None:
-        if getattr(model, PLAN, None) is not None:
+        if getattr(model, name, None) is not None:
             undo()
-            delattr(model, PLAN)
+            delattr(model, name)
 
-    return Report(tuple(plan.values()), skipped, restore)
+    return restore
 
 
 def attention_sites(model: nn.Module, example: Mapping[str, Any] | Sequence[Any] | None = None) -> list[Site]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nearfield.core.errors import BackendUnavailable
 
-ABI = 3
+ABI = 4
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")  # best first
 VARIABLE = "NEARFIELD_CPU_ISA"
 PATH = Path(__file__).parents[1] / "_kernels.so"
@@ -69,6 +69,33 @@ class Decode(ctypes.Structure):
         ("visible_stride", c_int64 * 2),
         ("addend", c_void_p),
         ("addend_stride", c_int64 * 3),
+        *[(name, c_int64) for name in ("is_causal", "block_size", "list_length")],
+        ("blocks", c_void_p),
+        ("block_stride", c_int64 * 3),
+    ]
+
+
+class Shares(ctypes.Structure):
+    """Shares of blocks of keys in the attention of a few queries."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("dtype", "key_dtype", "batch", "num_queries", "num_keys")],
+        *[(name, c_int64) for name in ("heads", "kv_heads", "head_dim", "block_size")],
+        *[(name, c_int64) for name in ("is_bound", "is_causal")],
+        *[(name, c_double) for name in ("scale", "last_part")],
+        *[(name, Tensor) for name in ("query", "key")],
+        *[(name, c_void_p) for name in ("key_mask", "shares")],
+    ]
+
+
+class Choice(ctypes.Structure):
+    """The choice of blocks by their scores."""
+
+    _fields_ = [
+        *[(name, c_int64) for name in ("batch", "num_queries", "num_keys", "kv_heads")],
+        *[(name, c_int64) for name in ("block_size", "num_blocks", "sink_blocks", "num_recent")],
+        ("list_length", c_int64),
+        *[(name, c_void_p) for name in ("scores", "chosen")],
     ]
 
 
@@ -124,6 +151,8 @@ FUNCTIONS = {  # name: result, arguments
     "nearfield_attention_forward": (c_int, POINTER(Attention), c_int64, c_int64),
     "nearfield_attention_backward": (c_int, POINTER(Attention), c_int64, c_int64),
     "nearfield_decode_forward": (c_int, POINTER(Decode), c_int64),
+    "nearfield_block_shares": (c_int, POINTER(Shares), c_int64),
+    "nearfield_choose_blocks": (c_int, POINTER(Choice), c_int64),
     "nearfield_scan_forward": (c_int, POINTER(Scan), c_int64),
     "nearfield_scan_backward": (c_int, POINTER(Scan), c_int64),
     "nearfield_lla_forward": (c_int, POINTER(LocalLinear), c_int64),

@@ -49,7 +49,15 @@ if TYPE_CHECKING:
     from nearfield.hosts.transformers_cache import BoundedLayer, Part
     from nearfield.plan.pattern import SitePlan
 
-__all__ = ["attention", "attention_modules", "cache_bytes", "cache_bytes_after", "install", "sites"]
+__all__ = [
+    "attention",
+    "attention_modules",
+    "cache_bytes",
+    "cache_bytes_after",
+    "install",
+    "install_answers",
+    "sites",
+]
 
 NAME = "nearfield"
 SEAT = "_nearfield_seat"
@@ -60,6 +68,10 @@ BEYOND = {
     "s_aux": "has learned sinks",
     "cache": "uses a paged cache",
 }
+
+# `answer(query, key, value, mask, scale)` in `[B, N, heads, D]`, the mask as in `seam.Call`; None leaves the
+# call to the host.
+Answer = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
 
 _lock = threading.RLock()
 
@@ -112,11 +124,7 @@ def install(model: nn.Module, plans: Mapping[str, SitePlan]) -> Callable[[], Non
         grids = watch_grids(model, targets, stack)
         for name, module in chosen.items():
             plan, window = plans[name], native_window(module)
-            seat = _seat(module, stack)
-            if seat.route is not None:
-                raise RuntimeError(
-                    f"Site {name!r} is converted already. Call the restore of that conversion first."
-                )
+            seat = _free_seat(module, name, stack)
             parts = _parts(name, plan, module, window, Part)
             if plan.is_full:
                 continue
@@ -130,6 +138,26 @@ def install(model: nn.Module, plans: Mapping[str, SitePlan]) -> Callable[[], Non
             stack.callback(setattr, seat, "route", None)
             stack.callback(module.register_forward_pre_hook(_before, with_kwargs=True).remove)
         _switch(configs_of({chosen[name] for name, plan in plans.items() if not plan.is_full}), stack)
+        return stack.pop_all().close
+
+
+def install_answers(model: nn.Module, answers: Mapping[str, Answer]) -> Callable[[], None]:
+    """Has calls of the named sites answered for good, where an answer is given; the result undoes it.
+
+    Who watches is asked first. Calls that cap scores, drop weights, are told a sliding window or say anything
+    else that an answer is not told stay the host's.
+    """
+    _register()
+    modules = {name: module for module, name in names_of(model).items()}
+    chosen = {name: find(modules, name) for name in answers}
+    refuse_unswitchable(model, set(chosen.values()), softcap=True)
+    with ExitStack() as stack:
+        for name, module in chosen.items():
+            seat = _free_seat(module, name, stack)
+            seat.answer = answers[name]
+            stack.callback(setattr, seat, "answer", None)
+            stack.callback(module.register_forward_pre_hook(partial(_refuse_switched, name)).remove)
+        _switch(configs_of(set(chosen.values())), stack)
         return stack.pop_all().close
 
 
@@ -205,10 +233,16 @@ class _Route:
 
 @dataclass
 class _Seat:
-    """Who sits at a module: handlers for a while, a route for good."""
+    """Who sits at a module: handlers for a while; for good a route, or what answers some of its calls."""
 
     watchers: tuple[tuple[_Watcher, PatchGrid | None], ...] = ()
     route: _Route | None = None
+    answer: Answer | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the site is converted."""
+        return self.route is not None or self.answer is not None
 
 
 @dataclass
@@ -262,8 +296,19 @@ def _attention_function(
     seat: _Seat | None = module.__dict__.get(SEAT)
     watchers = () if seat is None else tuple(pair for pair in seat.watchers if pair[0].listening())
     route = None if seat is None else seat.route
+    answer = None if seat is None or dropout or is_causal is False or _says_more(kwargs) else seat.answer
+
+    def answered(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The output `[B, N, H, Dv]` of a site without a route."""
+        if answer is not None:
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            out = answer(q, k, v, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            if out is not None:
+                return out
+        return host(query, key, value, attention_mask)
+
     if route is None and not watchers:
-        return host(query, key, value, attention_mask), None
+        return answered(query, key, value), None
 
     name = route.name if route is not None else watchers[-1][0].names[module]
     heeded = {"softcap"} if route is None and all(watcher.softcap for watcher, _ in watchers) else ()
@@ -324,7 +369,7 @@ def _attention_function(
 
     def last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if route is None:
-            return host(query, key, value, attention_mask)
+            return answered(query, key, value)
         if dropout and any(part.pattern is not None for part in route.parts):
             raise NotImplementedError(
                 f"Site {name!r} is local and drops attention weights with probability {dropout}, which local "
@@ -342,6 +387,11 @@ def _attention_function(
     if route is not None and layer is not None and layer.pending is not None:  # a handler has answered
         _store(layer, _reading(route, bool(causal), attention_mask))
     return out, None
+
+
+def _says_more(kwargs: dict[str, Any]) -> bool:
+    """Whether an attention function is told what an answer would not be."""
+    return any(kwargs.get(name) is not None for name in (*BEYOND, "sliding_window"))
 
 
 def _heads_first(follow: Callable[..., Tensor], *given: Tensor) -> Tensor:
@@ -432,15 +482,20 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if seat is None or seat.route is None:
         return
     route = seat.route
-    now = getattr(config_of(module), "_attn_implementation", NAME)
+    _refuse_switched(route.name, module)
+    cache = next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
+    bind(cache, getattr(module, "layer_idx", 0) or 0, route.parts, route.name)
+
+
+def _refuse_switched(name: str, module: nn.Module, *_: Any) -> None:
+    """Raises where the model has been switched to another attention function since it was converted."""
+    now = getattr(getattr(module, "config", None), "_attn_implementation", NAME)
     if now != NAME:
         raise RuntimeError(
-            f"Site {route.name!r} is converted, but its model was switched to attn_implementation={now!r} "
+            f"Site {name!r} is converted, but its model was switched to attn_implementation={now!r} "
             f"since. Call restore() to undo the conversion, or model.set_attn_implementation({NAME!r}) to "
             "use it."
         )
-    cache = next((given for given in (*kwargs.values(), *args) if isinstance(given, Cache)), None)
-    bind(cache, getattr(module, "layer_idx", 0) or 0, route.parts, route.name)
 
 
 def _parts(
@@ -496,18 +551,20 @@ def _check_pattern(name: str, pattern: Neighborhood, is_causal: bool, window: in
         )
 
 
-def _seat(module: nn.Module, stack: ExitStack) -> _Seat:
-    """The seat at a module; when the last of its users leaves, it goes."""
+def _free_seat(module: nn.Module, name: str, stack: ExitStack) -> _Seat:
+    """The seat at a module that is not converted; when the last of its users leaves, it goes."""
     with _lock:
-        seat = module.__dict__.setdefault(SEAT, _Seat())
+        seat: _Seat = module.__dict__.setdefault(SEAT, _Seat())
     stack.callback(_unseat, module)
+    if seat.is_taken:
+        raise RuntimeError(f"Site {name!r} is converted already. Call the restore of that conversion first.")
     return seat
 
 
 def _unseat(module: nn.Module) -> None:
     with _lock:
         seat: _Seat | None = module.__dict__.get(SEAT)
-        if seat is not None and seat.route is None and not seat.watchers:
+        if seat is not None and not seat.is_taken and not seat.watchers:
             del module.__dict__[SEAT]
 
 

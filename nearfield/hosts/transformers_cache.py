@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from nearfield.core import per_dim
+from nearfield.hosts.transformers_block_layer import BlockLayer
 from nearfield.hosts.transformers_masks import Reading
 from nearfield.ops.dense import dense_attention
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
@@ -501,7 +502,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes that the keys and values of any cache take up now, spare room in buffers included."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, BoundedLayer):
+        if isinstance(layer, BoundedLayer | BlockLayer):
             total += layer.nbytes
         else:
             held = (getattr(layer, "keys", None), getattr(layer, "values", None))

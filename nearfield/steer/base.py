@@ -35,8 +35,9 @@ class Steer:
             model(...)
 
     `sites` is a role ("self", "cross") or a glob over site names ("*.language_model.layers.1?.*"); a method
-    that chooses otherwise, such as by `site.layer`, overrides `takes`. Of `edit`, `score` and `output` only
-    those that a subclass defines are asked for. Settings that change nothing give the model's own bits.
+    that chooses otherwise, such as by `site.layer`, overrides `takes`. Of `edit`, `score`, `attend` and
+    `output` only those that a subclass defines are asked for. Settings that change nothing give the model's
+    own bits.
 
     `A() + B()` applies A first: all edits, then all scores, then all outputs. So does `with A()(model)`
     around `with B()(model)`.
@@ -76,6 +77,23 @@ class Steer:
         afterwards. -inf hides more.
         """
         return scores
+
+    def attend(
+        self,
+        site: Site,
+        query: Float[Tensor, "b n heads d"],
+        key: Float[Tensor, "b m kv_heads d"],
+        value: Float[Tensor, "b m kv_heads dv"],
+        mask: Tensor | None,
+        scale: float,
+    ) -> Float[Tensor, "b n heads dv"] | None:
+        """Outputs of the heads by another operator, from edited tensors; None leaves them to the host.
+
+        Tokens are flat. `mask` is as in `seam.Call`: None where causality alone hides keys. Not asked where
+        the host caps scores or drops weights, which no other operator is told. At a site whose scores a steer
+        changes an answer is an error.
+        """
+        return None
 
     def output(self, site: Site, heads: Float[Tensor, "b *n heads dv"]) -> Float[Tensor, "b *n heads dv"]:
         """Other outputs of the heads, before the output projection; shaped as queries are in `edit`."""
@@ -158,6 +176,17 @@ class _Steering:
         wanted = [(part, _inside(part.rows(site), site)) for part in _defining(mine, "score")]
         scoring = [(part, rows) for part, rows in wanted if rows]
         out = attend_scores(call, query, key, value, scoring) if scoring else None
+        for part in reversed(_defining(mine, "attend")):
+            other = _attended(part, call, query, key, value)
+            if other is None:
+                continue
+            if out is not None:
+                raise ValueError(
+                    f"{type(part).__name__}.attend answers at site {site.name!r}, where the scores are "
+                    "changed too, which its operator does not see. Let one of them leave the site out."
+                )
+            out = other
+            break
         changed, outputs = changed or out is not None, _defining(mine, "output")
         if not changed and not outputs:
             return None
@@ -231,7 +260,7 @@ def _refuse_missing(parts: tuple[Steer, ...], sites: list[Site], root: nn.Module
 
 
 def _defining(parts: list[Steer], hook: str) -> list[Steer]:
-    """The steers that define one of the three methods."""
+    """The steers that define one of the methods."""
     return [part for part in parts if getattr(type(part), hook) is not getattr(Steer, hook)]
 
 
@@ -257,6 +286,22 @@ def _edited(
             f"{site.name!r}, whose mask does not say who may see them. Keep their number there."
         )
     return flat[0], flat[1], flat[2]
+
+
+def _attended(part: Steer, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The outputs that a steer's own operator gives, if any."""
+    if call.softcap is not None or call.dropout:
+        return None
+    out = part.attend(call.site, query, key, value, call.mask, call.scale)
+    if out is None:
+        return None
+    wanted = (*query.shape[:3], value.shape[-1])
+    if out.shape != wanted:
+        raise ValueError(
+            f"{type(part).__name__}.attend gave {list(out.shape)} at site {call.site.name!r}. Give "
+            f"{list(wanted)}, or None."
+        )
+    return out
 
 
 def _misshapen(part: Steer, hook: str, site: Site, new: Tensor, old: Tensor) -> str:

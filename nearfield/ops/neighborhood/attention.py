@@ -12,13 +12,16 @@ from torch import Tensor
 
 from nearfield.core.backend import Choice, Verdict, choose, explain, requested
 from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
-from nearfield.ops.neighborhood import flex, native, reference, tiled
+from nearfield.ops.neighborhood import flex, native, reference, tiled, triton
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 from nearfield.ops.neighborhood.operator import bind
 
 OP = "neighborhood_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
-MODULES: dict[str, ModuleType] = {"native": native, "tiled": tiled, "reference": reference, "flex": flex}
+MODULES: dict[str, ModuleType] = {
+    "native": native, "triton": triton, "tiled": tiled, "reference": reference, "flex": flex
+}  # fmt: skip
+OWN_MASKS = ("native", "triton")  # backends that never read what a masked key holds
 
 
 class Options(TypedDict, total=False):
@@ -95,7 +98,7 @@ def neighborhood_attention(
         name = choose(OP, backend, _backends(query, key, value, bound, given))
         if name == "tiled" and requested(backend) == "auto":
             native.warn_if_missed(query, value, options["scale"])
-        if key_mask is not None and name != "native":  # NaN in a masked key must not reach a product
+        if key_mask is not None and name not in OWN_MASKS:  # NaN in a masked key must not reach a product
             key, value = (x.masked_fill(~key_mask[..., None, None], 0) for x in (key, value))
         return MODULES[name].attend(query, key, value, bound, **given)
 
@@ -125,7 +128,7 @@ def _backends(
 
     return {
         "native": lambda: Verdict(no_transform() or native.supports(query, key, value, bound, **options)),
-        "triton": lambda: Verdict("this build has no GPU kernels."),
+        "triton": lambda: Verdict(no_transform() or triton.supports(query, key, value, bound, **options)),
         "tiled": lambda: Verdict(no_transform() or tiled.supports(query, key, value, bound, **options)),
         "reference": Verdict,
         "flex": ask_flex,

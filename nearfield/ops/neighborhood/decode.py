@@ -12,7 +12,7 @@ from torch import Tensor
 from nearfield.core.backend import Verdict, choose
 from nearfield.core.dims import per_dim
 from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
-from nearfield.ops.neighborhood import native
+from nearfield.ops.neighborhood import native, triton, triton_decode
 from nearfield.ops.neighborhood.geometry import Axis, Neighborhood
 
 OP = "neighborhood_attention_decode"
@@ -107,13 +107,22 @@ def neighborhood_attention_decode(
         logits.append((-start).clamp(min=0).log()[:, None, None, :, None])  # so many zero keys of logit 0
     factor = scale_or_default(scale, head_dim)
 
+    inputs = [x for x in (query, key, value, bias, sink_logits) if x is not None]
+    wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
     def ask_native() -> Verdict:
-        inputs = [x for x in (query, key, value, bias, sink_logits) if x is not None]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        if wants_grad:
             return Verdict(
                 "the CPU kernels decode without gradients. Use torch.no_grad(), or another backend."
             )
         return Verdict(no_transform() or native.unfit(query, value, factor) or native.missing())
+
+    def ask_triton() -> Verdict:
+        if wants_grad:
+            return Verdict(
+                "the GPU kernels decode without gradients. Use torch.no_grad(), or another backend."
+            )
+        return Verdict(no_transform() or triton.unfit(query, value, factor))
 
     def ask_tiled() -> Verdict:
         asked = {"return_lse": return_lse, "sink_logits or border='pad'": bool(logits)}
@@ -121,12 +130,14 @@ def neighborhood_attention_decode(
             next((f"torch's fused attention has no {name}." for name, on in asked.items() if on), None)
         )
 
-    name = choose(OP, backend, {"native": ask_native, "tiled": ask_tiled, "reference": Verdict})
+    ask = {"native": ask_native, "triton": ask_triton, "tiled": ask_tiled, "reference": Verdict}
+    name = choose(OP, backend, ask)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if name == "native":
+        if name in ("native", "triton"):
+            decode = native.decode if name == "native" else triton_decode.decode
             table = None if addend is None else addend.flatten(1, 2)  # [B or 1, H, N, M]
-            return _join(*native.decode(query, key, value, visible, table, factor), logits, num_kv_heads)
+            return _join(*decode(query, key, value, visible, table, factor), logits, num_kv_heads)
         grouped = query.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, N, D]
         if name == "tiled":
             out, lse = _fused(grouped, key, value, seen, addend, factor), query.new_zeros(())

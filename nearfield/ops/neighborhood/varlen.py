@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from nearfield.core.backend import Verdict, choose
 from nearfield.ops.checks import check, no_transform, scale_or_default, under_autocast
-from nearfield.ops.neighborhood import native
+from nearfield.ops.neighborhood import native, triton
 from nearfield.ops.neighborhood.attention import checked, neighborhood_attention
 from nearfield.ops.neighborhood.geometry import Neighborhood
 from nearfield.ops.neighborhood.operator import bind
 
 OP = "neighborhood_attention_varlen"
-OTHERS = ("triton", "tiled", "reference", "flex")  # each says for itself, size by size, whether it can
+OTHERS = ("tiled", "reference", "flex")  # each says for itself, size by size, whether it can
 
 
 class VarlenOptions(TypedDict, total=False):
@@ -105,20 +105,27 @@ def neighborhood_attention_varlen(
             )
 
     if tokens:
+        mixed = len(set(map(len, sizes))) > 1
+        factor = scale_or_default(scale, query.shape[-1])
 
         def ask_native() -> Verdict:
-            mixed = len(set(map(len, sizes))) > 1
             return Verdict(
                 no_transform()
                 or ("the CPU kernels take grids of one rank in a call." if mixed else None)
-                or native.unfit(query, value, scale_or_default(scale, query.shape[-1]))
+                or native.unfit(query, value, factor)
                 or native.missing()
             )
 
-        if choose(OP, backend, {"native": ask_native, **dict.fromkeys(OTHERS, Verdict)}) == "native":
+        def ask_triton() -> Verdict:
+            return Verdict(no_transform() or triton.unfit(query, value, factor))
+
+        ask = {"native": ask_native, "triton": ask_triton, **dict.fromkeys(OTHERS, Verdict)}
+        name = choose(OP, backend, ask)
+        if name == "native" or (name == "triton" and not mixed):
             given = {"bias": bias, "key_mask": key_mask, "sink_logits": sink_logits, "scale": scale}
+            run = {"native": native, "triton": triton}[name].attend_packed
             out, lse = _as_one_job(
-                query, key, value, geometry, sizes, additional_keys, additional_values, given
+                run, query, key, value, geometry, sizes, additional_keys, additional_values, given
             )
             return (out, lse) if return_lse else out
 
@@ -168,6 +175,7 @@ def neighborhood_attention_varlen(
 
 
 def _as_one_job(
+    run: Callable[..., tuple[Tensor, Tensor]],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,7 +185,7 @@ def _as_one_job(
     more_values: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """All sequences by the native backend, which needs no stacked copies of those of one size."""
+    """All sequences by a backend that needs no stacked copies of those of one size."""
     places = query.shape[:-2]
     q, k, v = (x.flatten(0, -3) for x in (query, key, value))
     mask = None if options["key_mask"] is None else options["key_mask"].flatten()
@@ -194,7 +202,7 @@ def _as_one_job(
         query: Tensor, key: Tensor, value: Tensor, more_keys: Tensor | None, more_values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         given = {**one, "key_mask": mask, "additional_keys": more_keys, "additional_values": more_values}
-        return native.attend_packed(query, key, value, sizes, bound, **given)
+        return run(query, key, value, sizes, bound, **given)
 
     out, lse = under_autocast(attend, q, k, v, more_keys, more_values)
     return out.unflatten(0, places), lse.unflatten(0, places)

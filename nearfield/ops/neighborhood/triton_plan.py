@@ -1,0 +1,200 @@
+"""Boxes of the Triton kernels, in integers: what a box visits, what it sees whole, which sides to give it.
+
+A query box is one of a dilation group: `first` to `last` are positions inside the group on one axis. The key
+boxes that it visits begin where its first window begins, not on a lattice. A box is whole if every query of
+the query box sees every key of it on every axis; such boxes need no mask. The kernels compute the same
+numbers (triton_boxes.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+from nearfield.ops.neighborhood.geometry import Axis, Bound
+
+RANK = 3  # axes of a kernel; a grid that has fewer gets sides of 1 in front
+Sides = tuple[int, ...]
+
+
+class Visit(NamedTuple):
+    """The boxes that one box visits on one axis: where the first begins, how many, and which are whole."""
+
+    start: int
+    count: int
+    first_whole: int
+    whole: int
+
+
+class Config(NamedTuple):
+    """Tokens of a query box and of a key box, and how a program of the GPU runs."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sides of the boxes on three axes, and which of the two loops over them a kernel needs."""
+
+    q_tile: Sides
+    kv_tile: Sides
+    warps: int
+    stages: int
+    partial: bool
+    whole: bool
+
+
+# Meant to fit registers and shared memory of sm_80 and later; the first of a pair is for boxes of many
+# queries, the second wastes less on small windows. A static choice: compiled for GPUs, but measured on none.
+# (bytes of an element, widest head_dim) -> configurations
+FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
+    (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (2, 256): (Config(64, 32, 4, 2),),
+    (4, 64): (Config(32, 32, 4, 2),),
+    (4, 128): (Config(32, 32, 8, 1),),
+    (4, 256): (Config(16, 16, 4, 1),),
+}
+QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
+    (2, 64): (Config(64, 64, 4, 2),),
+    (2, 128): (Config(64, 64, 4, 2),),
+    (2, 256): (Config(64, 32, 8, 1),),
+    (4, 64): (Config(32, 32, 4, 1),),
+    (4, 128): (Config(32, 32, 8, 1),),
+    (4, 256): (Config(16, 16, 4, 1),),
+}
+KEYS: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of keys and values
+    (2, 64): (Config(64, 64, 4, 2),),
+    (2, 128): (Config(32, 64, 4, 2),),
+    (2, 256): (Config(32, 64, 8, 1),),
+    (4, 64): (Config(32, 32, 4, 1),),
+    (4, 128): (Config(32, 32, 8, 1),),
+    (4, 256): (Config(16, 16, 4, 1),),
+}
+TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
+# GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
+OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {}
+MASK = 0.25  # what masking a tile costs of computing it
+SMALL = 1.25  # a score in a tile of fewer than 128 queries costs so much more
+
+
+def key_boxes(axis: Axis, first: int, last: int, group: int, side: int, *, outside: bool = False) -> Visit:
+    """Key boxes that queries `first` to `last` visit; `outside`: also of keys beyond the grid."""
+    (start, whole_stop), (whole_start, stop) = axis.interval(first, group), axis.interval(last, group)
+    if not outside:
+        length = axis.group_size(group)
+        start, whole_start = max(start, 0), max(whole_start, 0)
+        stop, whole_stop = min(stop, length), min(whole_stop, length)
+    return _visit(start, stop, whole_start, whole_stop, side)
+
+
+def query_boxes(axis: Axis, first: int, last: int, group: int, side: int, first_query: int = 0) -> Visit:
+    """Query boxes that visit keys `first` to `last`, among queries from position `first_query` on."""
+    d = axis.dilation
+    near, far = (axis.inverse(group + key * d) for key in (first, last))
+    (start, whole_stop), (whole_start, stop) = ((r.start // d, r[-1] // d + 1) for r in (near, far))
+    start, whole_start = max(start, first_query), max(whole_start, first_query)
+    return _visit(start, stop, whole_start, whole_stop, side)
+
+
+def _visit(start: int, stop: int, whole_start: int, whole_stop: int, side: int) -> Visit:
+    count = -(-max(stop - start, 0) // side)
+    first_whole = -(-max(whole_start - start, 0) // side)
+    return Visit(start, count, first_whole, max(max(whole_stop - start, 0) // side - first_whole, 0))
+
+
+def num_boxes(size: int, dilation: int, side: int) -> int:
+    """Boxes of every dilation group; those of a short group may be empty."""
+    longest = -(-size // dilation)
+    return -(-longest // side)
+
+
+def on_three_axes(bound: Bound) -> tuple[Axis, ...]:
+    """The axes of a grid with axes of one token in front."""
+    return (*(Axis(1, 1, 1, 1, False, "shift"),) * (RANK - len(bound.axes)), *bound.axes)
+
+
+@lru_cache(maxsize=4096)
+def visits(axis: Axis, q_side: int, kv_side: int, first: int, inverse: bool) -> tuple[int, int]:
+    """Pairs of boxes visited on an axis, and whole ones, over all groups; queries from token `first` on.
+
+    `inverse`: key boxes are stationary and visit query boxes.
+    """
+    visited = whole = 0
+    for group, groups, start in axis.kinds(first):
+        length = axis.group_size(group)
+        for low in range(0 if inverse else start, length, kv_side if inverse else q_side):
+            if inverse:
+                found = query_boxes(axis, low, min(low + kv_side, length) - 1, group, q_side, start)
+            else:
+                found = key_boxes(axis, low, min(low + q_side, length) - 1, group, kv_side)
+            visited += groups * found.count
+            whole += groups * found.whole
+    return visited, whole
+
+
+def configs(kind: str, item: int, dim: int, arch: int = 90) -> tuple[Config, ...]:
+    """What a kernel of `kind` may run as on a GPU of compute capability `arch`; `tiling` chooses."""
+    widest = min(width for size, width in TABLES[kind] if size == item and dim <= width)
+    found = TABLES[kind][item, widest]
+    return OLDER.get((kind, item, widest), found) if arch < 90 else found
+
+
+@lru_cache(maxsize=512)
+def tiling(bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int = 90) -> Tiling:
+    """The boxes in which a kernel of `kind` ("forward", "queries" or "keys") takes grids of one pattern.
+
+    `item` is the size of an element in bytes, `dim` the wider of head_dim and value_dim. Among the sides that
+    are powers of two, those of the least computed area; the largest of the grids decides.
+    """
+    largest = max(bounds, key=lambda bound: bound.num_keys)
+    axes, inverse = on_three_axes(largest), kind == "keys"
+    longest = [_power_above(-(-axis.size // axis.dilation)) for axis in axes]
+    best: tuple[float, Tiling] | None = None
+    for config in configs(kind, item, dim, arch):
+        for q_tile, kv_tile in product(_tiles(config.rows, longest), _tiles(config.columns, longest)):
+            found = _visits(largest, q_tile, kv_tile, inverse)
+            visited, whole = (prod(counts) for counts in zip(*found, strict=True))
+            cost = config.rows * config.columns * (visited + MASK * (visited - whole))
+            cost *= SMALL if config.rows < 128 else 1.0
+            if best is None or cost < best[0]:
+                best = cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True)
+    assert best is not None
+    chosen = best[1]
+    return Tiling(chosen.q_tile, chosen.kv_tile, chosen.warps, chosen.stages, *loops(bounds, chosen, inverse))
+
+
+def loops(bounds: tuple[Bound, ...], tiles: Tiling, inverse: bool) -> tuple[bool, bool]:
+    """Whether some pair of boxes needs a mask, and whether some needs none."""
+    partial = whole = False
+    for bound in bounds:
+        found = _visits(bound, tiles.q_tile, tiles.kv_tile, inverse)
+        visited, full = (prod(counts) for counts in zip(*found, strict=True))
+        partial, whole = partial or full < visited, whole or full > 0
+    return partial, whole
+
+
+def _visits(bound: Bound, q_tile: Sides, kv_tile: Sides, inverse: bool) -> list[tuple[int, int]]:
+    """Pairs of boxes visited on each axis, and whole ones."""
+    firsts = (*(0,) * (RANK - 1), bound.offset)
+    parts = zip(on_three_axes(bound), q_tile, kv_tile, firsts, strict=True)
+    return [visits(axis, q, k, first, inverse) for axis, q, k, first in parts]
+
+
+def _tiles(area: int, longest: list[int]) -> list[Sides]:
+    """Sides that are powers of two with the product `area`, none needlessly longer than its axis."""
+    powers = [1 << i for i in range(area.bit_length())]
+    fits = [t for t in product(powers, repeat=RANK) if prod(t) == area]
+    # a grid smaller than the area leaves lanes idle, on the innermost axis
+    short = [t for t in fits if all(side <= limit for side, limit in zip(t[:-1], longest, strict=False))]
+    return [t for t in short if t[-1] <= longest[-1]] or short[:1]
+
+
+def _power_above(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()

@@ -1,0 +1,1 @@
+"""HyLRA: in decoding, some layers choose the key blocks that are read and the next ones reuse the choice."""
