@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model
 
 HOME = Path(__file__).resolve().parent
 sys.path[:0] = [str(HOME), str(HOME.parent)]
@@ -71,23 +72,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     learner = vlm.Learner(vlm.build())
-    for name in STAGES:
+    stages = tuple(STAGES)[: tuple(STAGES).index(arguments.until) + 1]
+    run = [name for name in stages if (arguments.out / name / "model.safetensors").is_file()]
+    if run:  # all that came before is in the weights of the last stage that has been run
+        load_model(learner, str(arguments.out / run[-1] / "model.safetensors"))
+    for name in stages[stages.index(run[-1]) + 1 if run else 0 :]:
         train(learner, name, arguments.out / name, arguments.steps)
-        if name == arguments.until:
-            return
+    if stages != tuple(STAGES):
+        return
     from evaluate import publish_vlm
 
-    publish_vlm(learner.model, arguments.out, tuple(STAGES))
+    publish_vlm(learner.model, arguments.out, stages)
 
 
 def train(learner: vlm.Learner, name: str, out: Path, steps: int | None) -> None:
-    """One stage; the weights are read where it has been run."""
-    done = out / "model.safetensors"
-    if done.is_file():
-        from safetensors.torch import load_model
-
-        load_model(learner, str(done))
-        return
+    """One stage, from its last checkpoint on."""
     stage = STAGES[name]
     recipe = replace(
         stage.recipe,

@@ -141,7 +141,8 @@ def test_interpreted_kernels_equal_the_reference_in_half_precision(python: Pytho
 @installed
 @pytest.mark.slow
 def test_interpreted_kernels_equal_the_reference_on_awkward_shapes(python: Python) -> None:
-    names = [name for name in (*AWKWARD, *LOOPS) if name not in CASES]
+    names = ["five new tokens", "2-D stride dilation", "3-D"]
+    assert not set(names) & set(CASES)
     for name, found in interpreted(python, "errors", names, "float32").items():
         assert max(found[:2]) < 2e-6, (name, found)
         assert max(found) < 5e-6, (name, found)
@@ -307,7 +308,7 @@ def test_boxes_are_those_of_brute_force(axis: Axis, q_side: int, kv_side: int, l
             rows = range(first, min(first + q_side, length))
             visit = triton_plan.key_boxes(axis, first, rows[-1], group, kv_side)
             boxes = [
-                range(visit.start + b * kv_side, visit.start + (b + 1) * kv_side) for b in range(visit.count)
+                range(visit.start + b * kv_side, visit.start + (b + 1) * kv_side) for b in range(visit.boxes)
             ]
             inside = {j for box in boxes for j in box}
             assert all(j in inside for p in rows for j in range(length) if seen(p, j))
@@ -317,7 +318,7 @@ def test_boxes_are_those_of_brute_force(axis: Axis, q_side: int, kv_side: int, l
             columns = range(first, min(first + kv_side, length))
             visit = triton_plan.query_boxes(axis, first, columns[-1], group, q_side, late)
             boxes = [
-                range(visit.start + b * q_side, visit.start + (b + 1) * q_side) for b in range(visit.count)
+                range(visit.start + b * q_side, visit.start + (b + 1) * q_side) for b in range(visit.boxes)
             ]
             inside = {p for box in boxes for p in box}
             assert all(p in inside for j in columns for p in range(late, length) if seen(p, j))
@@ -349,7 +350,7 @@ def test_tiles_are_counted_as_boxes_are(kind: str) -> None:
             last = min(first + 4, length) - 1
             boxes = triton_plan.query_boxes if inverse else triton_plan.key_boxes
             found = boxes(axis, first, last, group, 4)
-            visited, whole = visited + found.count, whole + found.whole
+            visited, whole = visited + found.boxes, whole + found.whole
     assert triton_plan.visits(axis, 4, 4, 0, inverse) == (visited, whole)
 
 

@@ -465,7 +465,7 @@ def _ramp(first: int, step: int, count: int) -> int:
 
 def _broadcast(*values: Any) -> list[tuple[Any, ...]]:
     """Each value as a tuple of the common number of dimensions."""
-    rank = max((len(v) for v in values if isinstance(v, tuple)), default=1)
+    rank = max([len(v) for v in values if isinstance(v, tuple)] or [1])
     return [v if isinstance(v, tuple) else (v,) * rank for v in values]
 
 

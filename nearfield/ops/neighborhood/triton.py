@@ -166,7 +166,7 @@ class _Problem:
         self.is_packed = packed is not None
         if packed is None:
             self.grids: tuple[tuple[int, ...], ...] = (tuple(key.shape[1:-2]),)
-            self.bounds = (operator.bound_again(query, key, *numbers),)
+            self.bounds: tuple[Bound, ...] = (operator.bound_again(query, key, *numbers),)
             self.batch = query.shape[0]
         else:
             rank = len(numbers[0])

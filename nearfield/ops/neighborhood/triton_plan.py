@@ -24,7 +24,7 @@ class Visit(NamedTuple):
     """The boxes that one box visits on one axis: where the first begins, how many, and which are whole."""
 
     start: int
-    count: int
+    boxes: int
     first_whole: int
     whole: int
 
@@ -56,9 +56,9 @@ class Tiling:
 FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
     (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    (2, 256): (Config(64, 32, 4, 2),),
+    (2, 256): (Config(64, 32, 8, 2),),
     (4, 64): (Config(32, 32, 4, 2),),
-    (4, 128): (Config(32, 32, 8, 1),),
+    (4, 128): (Config(32, 16, 8, 1),),
     (4, 256): (Config(16, 16, 4, 1),),
 }
 QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
@@ -134,7 +134,7 @@ def visits(axis: Axis, q_side: int, kv_side: int, first: int, inverse: bool) -> 
                 found = query_boxes(axis, low, min(low + kv_side, length) - 1, group, q_side, start)
             else:
                 found = key_boxes(axis, low, min(low + q_side, length) - 1, group, kv_side)
-            visited += groups * found.count
+            visited += groups * found.boxes
             whole += groups * found.whole
     return visited, whole
 
