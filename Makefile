@@ -25,7 +25,7 @@ test: $(VENV)/.installed $(KERNELS)  ## the whole suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 # Left out: what Dynamo traces (not under that hook), and tests of refusals, which the hook refuses first.
-SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled linear lla scan topk routing merge halo hilo qna seam torch_nn transformers measure sensitivity)
+SHAPED := $(patsubst %,tests/test_%.py,window dense neighborhood tiled linear lla scan topk routing merge halo hilo qna seam torch_nn transformers measure reuse sensitivity)
 
 check-shapes: $(VENV)/.installed $(KERNELS)  ## annotated shapes and types of operators, hosts and measures, at run time
 	$(VENV)/bin/python -m pytest --jaxtyping-packages=nearfield,beartype.beartype \
