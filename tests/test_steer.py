@@ -1050,12 +1050,12 @@ def test_a_branch_may_be_steered_alone_and_stop_at_the_end():
         generate(model.model, branches, greedy)
 
 
-def test_a_buffered_cache_copies_nothing_and_changes_nothing():
-    from nearfield.hosts.transformers_buffer import buffered_cache
+def test_a_cache_with_room_copies_nothing_and_changes_nothing():
+    from nearfield.hosts.transformers_blocks import block_cache
 
     for make in (llama, qwen3):
         model = quiet(make())
-        cache, outs = buffered_cache(model, 30), []
+        cache, outs = block_cache(model, 30), []
         for start, stop in ((0, 14), (14, 15), (15, 18), (18, 24)):
             outs.append(model(ids()[:, start:stop], past_key_values=cache).logits)
             first = cache.layers[0]
@@ -1065,13 +1065,11 @@ def test_a_buffered_cache_copies_nothing_and_changes_nothing():
         if make is llama:
             cache.crop(-4)
             close(model(ids()[:, 20:], past_key_values=cache).logits, model(ids()).logits[:, 20:])
-    with pytest.raises(ValueError, match="room for 4 tokens"):
-        llama()(ids(), past_key_values=buffered_cache(llama(), 4))
     model = quiet(llama())
     given = {"attention_mask": torch.ones(2, 12, dtype=torch.long), "max_new_tokens": 5, "num_beams": 2}
     alone = model.generate(ids(12), do_sample=False, **given)
     assert torch.equal(
-        model.generate(ids(12), do_sample=False, past_key_values=buffered_cache(model, 40), **given), alone
+        model.generate(ids(12), do_sample=False, past_key_values=block_cache(model, 40), **given), alone
     )
 
 

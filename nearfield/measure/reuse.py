@@ -252,10 +252,10 @@ def fixed_layers(model: nn.Module) -> tuple[int, ...]:
 
 def filled_cache(model: nn.Module, input_ids: Int[Tensor, "1 n"], capacity: int) -> Any:
     """A cache with room for `capacity` tokens that has read these; what follows can be cropped again."""
-    from nearfield.hosts.transformers_buffer import BufferedLayer, buffered_cache
+    from nearfield.hosts.transformers_blocks import BlockLayer, block_cache
 
-    cache = buffered_cache(model, capacity)
-    if not all(isinstance(layer, BufferedLayer) for layer in cache.layers):
+    cache = block_cache(model, capacity)
+    if not all(isinstance(layer, BlockLayer) for layer in cache.layers):
         raise NotImplementedError(
             f"Some layers of this {type(model).__name__} have a window of their own: they forget tokens and "
             "cannot take back steps, as is needed here."
