@@ -136,11 +136,11 @@ def exact_programme(*, full: bool = False) -> Result:
     words += f"{sum(each > 1e-9 for each in lost)}, by {max(lost):.2f} at most"
     holds = wrong["ours"] == wrong["published least"] == 0
 
-    def draw(axes: Any) -> None:
+    def bars(axes: Any) -> None:
         axes.bar(list(wrong), list(wrong.values()))
         axes.set(ylabel=f"overlaps, of {number}, where it is not the best")
 
-    return Result(words, holds, draw)
+    return Result(words, holds, bars)
 
 
 def _step_seconds(
