@@ -188,7 +188,7 @@ def test_options_reach_the_functions(nearfield, stub, tmp_path):
     run = stub("nearfield.convert.main:run")
     assert nearfield("convert")[0] == 0
     defaults = {"to": "auto", "budget": "1%", "text": None, "tokens": None, "out": None, "quick": False}
-    assert run == {"args": (None,), "kernel_size": None, **defaults}
+    assert run == {"args": (None,), "kernel_size": None, "purpose": "prefill", **defaults}
     arguments = (
         "convert",
         "m",

@@ -546,7 +546,8 @@ def rename(name):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda d: d.update(format=2), "its format is 2; this version reads 1"),
+        (lambda d: d.update(format=2), "it must hold format, nearfield, model and policy"),
+        (lambda d: d.update(format=3), "its format is 3; this version reads 1 and 2"),
         (lambda d: d.update(format=True), "its format is True"),
         (lambda d: d.update(more=1), "must hold format, nearfield, model and plan, and nothing else"),
         (lambda d: d.pop("nearfield"), "must hold format, nearfield, model and plan"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from nearfield.ops.linear import gated_linear_attention
 from nearfield.ops.lla import Solver, local_linear_attention
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_varlen
 from nearfield.ops.scan import selective_scan
+from nearfield.ops.topk import block_scores, topk_block_attention
 from nearfield.ops.window import window_attention
 from nearfield.testing import qkv
 
@@ -104,6 +107,16 @@ def test_the_linear_family_counts_what_it_does() -> None:
     if "native" in FAST:
         count = count_flops(lambda: selective_scan(x, dt, -torch.rand(6, 3), b, c, backend="native"))
         assert count == 7 * 12 * 6 * 3
+
+
+@native
+def test_a_step_counts_the_blocks_that_are_listed() -> None:
+    q, k, v = qkv(2, 40, 4, 8, num_kv_heads=2, value_dim=6)
+    q, lists = q[:, -1:], torch.tensor([0, 3]).expand(2, 1, 2, 2)
+    call = partial(topk_block_attention, q, k, v, lists, block_size=8, backend="native")
+    assert count_flops(call) == 2 * 2 * 4 * 16 * (8 + 6)
+    shares = partial(block_scores, q, k, block_size=8, score="mass", backend="native")
+    assert count_flops(shares) == 2 * 2 * 4 * 40 * 8
 
 
 def test_every_opaque_operator_has_its_cost() -> None:

@@ -22,7 +22,6 @@ from nearfield.convert.steps import ask_in_steps, decoding_by, follow, prefill, 
 from nearfield.convert.swap import convert
 from nearfield.data import recall
 from nearfield.hosts import packaged
-from nearfield.hosts.transformers_blocks import decoder_layers, sparse_layers
 from nearfield.hosts.transformers_sites import head_dim_of, native_window, num_kv_heads_of
 from nearfield.measure.reuse import (
     Distortion,
@@ -82,6 +81,8 @@ class DecodeJob:
     task: Decoder = field(init=False)
 
     def __post_init__(self) -> None:
+        from nearfield.hosts.transformers_blocks import decoder_layers, sparse_layers
+
         self.modules = decoder_layers(self.model)
         self.sparse = sparse_layers(self.model)
         if not self.sparse:

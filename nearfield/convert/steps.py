@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from nearfield.convert.decoder import Asked, Reading
 from nearfield.data import recall
-from nearfield.hosts.transformers_blocks import MOST_ROWS, block_cache, install_reuse
 from nearfield.plan.reuse import ReusePolicy
 
 
 def follow(model: Any, cache: Any, ids: Tensor, first: int) -> Reading:
     """The tokens of a text `[1, N]` from number `first` on, predicted in steps behind a cache that holds the
     `first - 1` tokens before; the cache is left as it was."""
+    from nearfield.hosts.transformers_blocks import MOST_ROWS
+
     losses, right = [], []
     began = perf_counter()
     with torch.no_grad():
@@ -39,6 +40,8 @@ def follow(model: Any, cache: Any, ids: Tensor, first: int) -> Reading:
 def ask_in_steps(model: Any, cache: Any, prompt: recall.Prompt) -> Asked:
     """Whether steps behind the context in a cache write each answer: questions and answers follow in steps,
     and each token of an answer must be the likeliest; the cache is left as it was."""
+    from nearfield.hosts.transformers_blocks import MOST_ROWS
+
     right = []
     with torch.no_grad():
         for question, answer in zip(prompt.questions, prompt.answers, strict=True):
@@ -55,6 +58,8 @@ def ask_in_steps(model: Any, cache: Any, prompt: recall.Prompt) -> Asked:
 
 def prefill(model: Any, ids: Tensor, capacity: int) -> Any:
     """A cache with room for so many tokens that holds these."""
+    from nearfield.hosts.transformers_blocks import block_cache
+
     cache = block_cache(model, capacity)
     for layer in cache.layers:
         if getattr(layer, "is_sliding", False):
@@ -67,6 +72,8 @@ def prefill(model: Any, ids: Tensor, capacity: int) -> Any:
 @contextmanager
 def decoding_by(model: nn.Module, policy: ReusePolicy | None) -> Iterator[None]:
     """The model decodes by a policy, or as it is."""
+    from nearfield.hosts.transformers_blocks import install_reuse
+
     restore = None if policy is None else install_reuse(model, policy)
     try:
         yield

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nearfield.ops import linear, lla, scan  # noqa: F401  their operators must be there
+from nearfield.ops import linear, lla, scan, topk  # noqa: F401  their operators must be there
 from nearfield.ops.neighborhood import Neighborhood, tiled  # noqa: F401
 
 Shape = torch.Size
@@ -74,6 +74,22 @@ def _decode(given: Named) -> int | float:
     return _products(query[0] * query[1] * query[2] * key[1], query, value)
 
 
+def _listed(given: Named) -> int | float:
+    """As if every listed block were there, whole and once."""
+    (batch, rows, heads, _), listed = given["query"], given["block_indices"][-1] * given["block_size"]
+    pairs = batch * rows * heads * min(listed, given["key"][1])
+    return _products(pairs, given["query"], given["value"])
+
+
+def _shares(given: Named) -> int | float:
+    """Products with keys or means, and with both bounds of a block."""
+    return 2.0 * prod(given["query"]) * given["num_rows"] * (1 + given["is_bound"])
+
+
+def _nothing(given: Named) -> int | float:
+    return 0
+
+
 def _dense(given: Named) -> int | float:
     """Causal queries are the last of the keys."""
     (batch, rows, heads, _), keys = given["query"], given["key"][1]
@@ -125,9 +141,12 @@ def _fused(given: Named) -> int | float:
 
 
 FORMULAS: dict[Callable[[Named], int | float], tuple[str, ...]] = {
-    _attention: ("nearfield::native_attention", "nearfield::tiled_attention"),
-    _packed: ("nearfield::native_attention_varlen",),
-    _decode: ("nearfield::native_decode",),
+    _attention: ("nearfield::native_attention", "nearfield::tiled_attention", "nearfield::triton_attention"),
+    _packed: ("nearfield::native_attention_varlen", "nearfield::triton_attention_varlen"),
+    _decode: ("nearfield::native_decode", "nearfield::triton_decode"),
+    _listed: ("nearfield::native_topk", "nearfield::triton_topk"),
+    _shares: ("nearfield::native_block_shares",),
+    _nothing: ("nearfield::native_choose_blocks",),
     _dense: ("nearfield::native_dense",),
     _linear: ("nearfield::native_linear", "nearfield::tiled_linear", "nearfield::triton_linear"),
     _local_linear: (
@@ -138,7 +157,7 @@ FORMULAS: dict[Callable[[Named], int | float], tuple[str, ...]] = {
     _scan: ("nearfield::native_scan", "nearfield::triton_scan"),
     _fused: ("aten::_scaled_dot_product_flash_attention_for_cpu",),
 }
-FORWARD_ONLY = ("nearfield::native_decode",)
+FORWARD_ONLY = {name for formula in (_decode, _listed, _shares, _nothing) for name in FORMULAS[formula]}
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
