@@ -126,7 +126,7 @@ class Windows:
     batch_size: int
     lengths: tuple[tuple[float, int], ...] = ((0.0, 256),)  # the share of the way at which each begins
     shares: tuple[float, float] = (TASKS, 0.0)  # of tasks, of instructions
-    drills: bool = False  # tasks are those of `tasks.drill` alone
+    drills: bool = False  # tasks are those of `tasks.drill` alone, and text says the same again and again
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -137,7 +137,8 @@ class Windows:
         draw = Random(f"windows/{self.seed}/{number}")
         kind = draw.random()
         if kind >= sum(self.shares):
-            return _padded([BOS, *self.corpus.window(draw, length)], [1.0] * length, length)
+            some = self.corpus.window(draw, draw.randint(6, length // 2) if self.drills else length)
+            return _padded([BOS, *(some * length)[:length]], [1.0] * length, length)
         ids, weights = [BOS], list[float]()
         while len(ids) < length + 1:
             if self.drills:

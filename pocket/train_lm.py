@@ -24,12 +24,12 @@ from progress import tell  # noqa: E402
 from nearfield.train import Recipe, fit  # noqa: E402
 
 STAGES = {
-    "drill": Recipe(steps=1600, batch_size=32, lr=3e-3, warmup=100, floor=0.3, seed=3),
-    "base": Recipe(steps=3000, batch_size=16, lr=2.5e-3, warmup=150, floor=0.05, seed=1),
-    "chat": Recipe(steps=400, batch_size=16, lr=5e-4, warmup=40, floor=0.05, seed=2),
+    "drill": Recipe(steps=900, batch_size=48, lr=8e-3, warmup=50, floor=0.5, seed=3),
+    "base": Recipe(steps=3000, batch_size=16, lr=5e-3, warmup=100, floor=0.03, seed=1),
+    "chat": Recipe(steps=400, batch_size=16, lr=1.5e-3, warmup=40, floor=0.05, seed=2),
 }
 WINDOWS: dict[str, dict[str, Any]] = {
-    "drill": {"lengths": ((0.0, 64), (0.6, 96)), "shares": (1.0, 0.0), "drills": True},
+    "drill": {"lengths": ((0.0, 64), (0.6, 112)), "shares": (0.4, 0.0), "drills": True},
     "base": {"lengths": ((0.0, 256), (0.85, 512)), "shares": (lm.TASKS, 0.0)},
     "chat": {"lengths": ((0.0, 256),), "shares": (0.1, 0.7)},
 }
@@ -48,6 +48,7 @@ def main() -> None:
         recipe = replace(
             recipe,
             steps=arguments.steps or recipe.steps,
+            optimizer="muon",
             shuffle=False,
             betas=(0.9, 0.95),
             weight_decay=0.1,

@@ -40,8 +40,8 @@ CLEAN = World(bias=0.35, faint=0.1, clutter=0.6, signs=0.4)
 FULL = World()
 STAGES = {
     "see": Stage(
-        Recipe(steps=2400, batch_size=32, lr=1.5e-3, warmup=100, floor=0.1, seed=1),
-        ((0.0, replace(CLEAN, side=48, most=3)), (0.88, replace(CLEAN, side=96))),
+        Recipe(steps=3600, batch_size=32, lr=4e-3, warmup=100, floor=0.05, seed=1),
+        ((0.0, replace(CLEAN, side=48, most=3)), (0.85, replace(CLEAN, side=96))),
         asks=False,
     ),
     "read": Stage(
@@ -91,6 +91,7 @@ def train(learner: vlm.Learner, name: str, out: Path, steps: int | None) -> None
     recipe = replace(
         stage.recipe,
         steps=steps or stage.recipe.steps,
+        optimizer="muon",
         shuffle=False,
         betas=(0.9, 0.95),
         weight_decay=0.05,

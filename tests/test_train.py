@@ -262,6 +262,29 @@ def test_vectors_and_named_parameters_do_not_decay():
     assert others["weight_decay"] == 0 and len(others["params"]) == 5
 
 
+def test_muon_turns_matrices_of_layers_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    model, twin = network(dropout=0.0), network(dropout=0.0)
+    twin.load_state_dict(model.state_dict())
+    optimizer = make_optimizer(model, recipe(optimizer="muon", lr=0.1, weight_decay=0.0))
+    matrices = [p for p in twin.parameters() if p.ndim == 2]
+    theirs = (
+        torch.optim.Muon(matrices, lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for p in twin.parameters() if p.ndim != 2], lr=0.1, weight_decay=0.0),
+    )
+    for _ in range(3):
+        for each in (model, twin):
+            each.zero_grad()
+            entropy(each, torch.utils.data.default_collate([Digits()[n] for n in range(8)])).total.backward()
+        optimizer.step()
+        for each in theirs:
+            each.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="numbered layers"):
+        make_optimizer(nn.Linear(2, 2), recipe(optimizer="muon"))
+
+
 # Breaks
 
 
@@ -270,7 +293,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("dies", "optimizer", "several"), [(1, "adamw", 1), (7, "sgd", 2), (15, "adam", 1), (20, "adamw", 2)]
+    ("dies", "optimizer", "several"),
+    [(1, "adamw", 1), (7, "sgd", 2), (15, "adam", 1), (16, "muon", 1), (20, "adamw", 2)],
 )
 def test_a_run_that_was_killed_gives_the_losses_it_would_have_given(tmp_path, dies, optimizer, several):
     chosen = recipe(optimizer=optimizer, gradient_accumulation=several, ema=0.9, log_every=3, steps=16)

@@ -28,7 +28,7 @@ COLOURS = {
     "yellow": (0.92, 0.85, 0.10), "purple": (0.55, 0.10, 0.65), "orange": (0.95, 0.50, 0.05),
     "cyan": (0.10, 0.80, 0.85), "white": (0.98, 0.98, 0.98),
 }  # fmt: skip
-SIZES = {"small": (6.0, 7.5), "medium": (9.0, 11.0), "large": (13.0, 16.0)}  # radii in pixels
+SIZES = {"small": (7.0, 8.5), "medium": (9.5, 11.5), "large": (13.0, 16.0)}  # radii in pixels
 PAIRS = {"circle": "square", "star": "ring"}  # the first usually comes with the second
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 # Dots of the letters on signs, three by five, a row an octal digit.
@@ -50,7 +50,7 @@ class World:
     """
 
     bias: float = 0.85
-    faint: float = 0.25
+    faint: float = 0.15
     clutter: float = 1.0
     signs: float = 0.3
     most: int = 5

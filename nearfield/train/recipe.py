@@ -12,7 +12,7 @@ from typing import Any
 from nearfield import catalog
 from nearfield.train.schedules import ENDLESS, SCHEDULES
 
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 PRECISIONS = ("no", "bf16", "fp16")
 # What may differ between a run and the one that goes on from its checkpoint without another loss coming out.
 FREE = ("log_every", "eval_every", "checkpoint_every", "workers")
