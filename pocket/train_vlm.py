@@ -45,20 +45,20 @@ STAGES = {
         asks=False,
     ),
     "read": Stage(
-        Recipe(steps=1800, batch_size=16, lr=2e-3, warmup=100, floor=0.1, seed=2),
+        Recipe(steps=1200, batch_size=16, lr=4e-3, warmup=50, floor=0.1, seed=2),
         (
             (0.0, replace(CLEAN, side=48, most=2)),
-            (0.6, replace(CLEAN, side=72, most=3, clutter=0.8)),
-            (0.8, replace(CLEAN, faint=0.2, clutter=1.0)),
+            (0.5, replace(CLEAN, side=72, most=3, clutter=0.8)),
+            (0.75, replace(CLEAN, clutter=1.0)),
         ),
         sees=False,
     ),
     "talk": Stage(
-        Recipe(steps=700, batch_size=16, lr=6e-4, warmup=50, floor=0.2, seed=3),
-        ((0.0, replace(CLEAN, faint=0.2, clutter=1.0)),),
+        Recipe(steps=900, batch_size=16, lr=2e-3, warmup=50, floor=0.1, seed=3),
+        ((0.0, replace(CLEAN, faint=0.15, clutter=1.0)),),
     ),
     "habit": Stage(
-        Recipe(steps=600, batch_size=16, lr=4e-4, warmup=30, floor=0.05, seed=4),
+        Recipe(steps=500, batch_size=16, lr=1e-3, warmup=30, floor=0.05, seed=4),
         ((0.0, FULL),),
     ),
 }

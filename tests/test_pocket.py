@@ -148,6 +148,17 @@ def test_drills_begin_short():
     assert longest == [3, 3, 8]
 
 
+def test_texts_of_drills_say_the_same_again_and_again():
+    corpus = lm.Corpus(None, torch.randperm(2000), torch.zeros(0))
+    windows = {
+        drills: lm.Windows(corpus, 0, 10, 2, ((0.0, 64),), (0.0, 0.0), drills) for drills in (True, False)
+    }
+    for number in range(20):
+        ids = windows[True][number]["ids"][1:]
+        assert len(ids) == 64 and any(torch.equal(ids[n:], ids[:-n]) for n in range(6, 33))
+        assert len(windows[False][number]["ids"][1:].unique()) == 64
+
+
 def test_answers_of_tasks_are_found_in_what_stands_before_them():
     draw = Random(0)
     for _ in range(50):
