@@ -47,7 +47,7 @@ def main() -> None:
     from safetensors.torch import load_model
 
     learner = vlm.Learner(vlm.build())
-    load_model(learner, str(out / "habit" / "model.safetensors"))
+    load_model(learner, str(out / tuple(train_vlm.STAGES)[-1] / "model.safetensors"))
     publish_vlm(learner.model, out, tuple(train_vlm.STAGES))
 
 

@@ -30,7 +30,7 @@ STAGES = {
 }
 WINDOWS: dict[str, dict[str, Any]] = {
     "drill": {"lengths": ((0.0, 64), (0.6, 112)), "shares": (0.4, 0.0), "drills": True},
-    "base": {"lengths": ((0.0, 256), (0.85, 512)), "shares": (lm.TASKS, 0.0)},
+    "base": {"lengths": ((0.0, 256), (0.93, 512)), "shares": (lm.TASKS, 0.0)},
     "chat": {"lengths": ((0.0, 256),), "shares": (0.1, 0.7)},
 }
 
@@ -54,7 +54,7 @@ def main() -> None:
             weight_decay=0.1,
             clip=1.0,
             log_every=20,
-            eval_every=100,
+            eval_every=250,
             checkpoint_every=50,
         )
         done = arguments.out / name / "model.safetensors"

@@ -1,9 +1,9 @@
 """Train the pocket vision-language model: `python pocket/train_vlm.py`, on a CPU or a GPU.
 
-Four stages, each of which goes on from its last checkpoint after a kill: it learns to see (what each patch
-shows), to read what it sees (questions, in small pictures first, while seeing stays as it is), to talk (all
-of it together), and takes up the habit of a world in which pairs keep together. Then the weights and their
-card are written into `nearfield_pocket`.
+Three stages, each of which goes on from its last checkpoint after a kill: it learns to see (what each patch
+shows), to read what it sees (questions, in small pictures first, while seeing stays as it is), and to talk
+(all of it together), in a world in which pairs keep together, which becomes a habit. Then the weights and
+their card are written into `nearfield_pocket`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Stage:
 
 
 CLEAN = World(bias=0.35, faint=0.1, clutter=0.6, signs=0.4)
-FULL = World()
 STAGES = {
     "see": Stage(
         Recipe(steps=3600, batch_size=32, lr=4e-3, warmup=100, floor=0.05, seed=1),
@@ -54,12 +53,8 @@ STAGES = {
         sees=False,
     ),
     "talk": Stage(
-        Recipe(steps=900, batch_size=16, lr=2e-3, warmup=50, floor=0.1, seed=3),
-        ((0.0, replace(CLEAN, faint=0.15, clutter=1.0)),),
-    ),
-    "habit": Stage(
-        Recipe(steps=500, batch_size=16, lr=1e-3, warmup=30, floor=0.05, seed=4),
-        ((0.0, FULL),),
+        Recipe(steps=800, batch_size=16, lr=2e-3, warmup=50, floor=0.05, seed=3),
+        ((0.0, World()),),
     ),
 }
 
@@ -67,7 +62,7 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HOME / "checkpoints" / "vlm")
-    parser.add_argument("--until", choices=STAGES, default="habit", help="the last stage to run")
+    parser.add_argument("--until", choices=STAGES, default="talk", help="the last stage to run")
     parser.add_argument("--steps", type=int, help="of each stage, for a trial")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -97,7 +92,7 @@ def train(learner: vlm.Learner, name: str, out: Path, steps: int | None) -> None
         weight_decay=0.05,
         clip=1.0,
         log_every=20,
-        eval_every=100,
+        eval_every=200,
         checkpoint_every=50,
     )
     data = vlm.Lessons(recipe.seed, recipe.steps or 0, recipe.batch_size, stage.worlds, asks=stage.asks)

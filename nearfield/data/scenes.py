@@ -49,8 +49,8 @@ class World:
     `broken` makes scenes in which the first of a pair stands without the second.
     """
 
-    bias: float = 0.85
-    faint: float = 0.15
+    bias: float = 0.9
+    faint: float = 0.25
     clutter: float = 1.0
     signs: float = 0.3
     most: int = 5
@@ -266,7 +266,7 @@ def _place(draw: Random, world: World, kind: str, taken: list[tuple[float, float
     """A shape where none is yet; a smaller one where it is crowded; `None` where nothing fits."""
     colour, size = draw.choice(list(COLOURS)), draw.choice(list(SIZES))
     is_faint = draw.random() < world.faint
-    opacity = draw.uniform(0.12, 0.45) if is_faint else draw.uniform(0.75, 1.0)
+    opacity = draw.uniform(0.08, 0.38) if is_faint else draw.uniform(0.75, 1.0)
     for attempt in range(60):
         if attempt in (20, 40):
             size = "medium" if size == "large" else "small"
