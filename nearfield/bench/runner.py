@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import torch
@@ -19,9 +20,13 @@ from nearfield.bench.vision_rows import vision_row
 from nearfield.core.backend import requested
 from nearfield.core.errors import BackendUnavailable
 from nearfield.ops.neighborhood import neighborhood_attention, why
-from nearfield.plan.roofline import DEVICES, predict
+from nearfield.plan.roofline import DEVICES, REACH, predict
 
 Progress = Callable[[str, float, float], None]
+# where none are asked for: on a GPU what its matrix units are for, and calls so short that less time will do
+DEFAULT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+DEFAULT_SECONDS = {"cpu": 3.0, "cuda": 0.4}
+GPU_LIMIT = 3.0  # seconds that a call of a rival may take on a GPU
 
 
 def run_op(
@@ -29,29 +34,38 @@ def run_op(
     *,
     device: str,
     cases: Sequence[str] | None,
-    dtypes: Sequence[str],
+    dtypes: Sequence[str] | None,
     directions: Sequence[Direction],
     backend: str,
     rivals: bool | Sequence[str],
     threads: int,
-    seconds: float,
+    seconds: float | None,
+    minutes: float | None,
     progress: Progress | None,
 ) -> BenchResult:
-    """The rows of `nearfield bench OP`; `nearfield.bench.run` holds the defaults."""
-    _require_known("dtype", dtypes, DTYPES)
-    _require_known("direction", directions, DIRECTIONS)
+    """The rows of `nearfield bench OP`; `nearfield.bench.run` holds the other defaults."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} cannot be benched. Choose cpu or cuda.")
+    usual_of = device if op == "neighborhood" else "cpu"
+    dtypes = DEFAULT_DTYPES[usual_of] if dtypes is None else dtypes
+    seconds = DEFAULT_SECONDS[usual_of] if seconds is None else seconds
+    deadline = None if minutes is None else monotonic() + 60 * minutes
+    _require_known("dtype", dtypes, DTYPES)
+    _require_known("direction", directions, DIRECTIONS)
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("device='cuda' was asked for; torch sees no CUDA device. Use device='cpu'.")
     table: Sequence[Any] = CASES
-    names, row = [rival.name for rival in RIVALS], _row
+    names = [rival.name for rival in RIVALS]
+    row: Callable[..., dict[str, Any]] = _row
+    usual = [rival.name for rival in RIVALS if device in rival.devices]
     if op == "vision":
-        table, names, row = vision.CASES, vision.RIVALS, vision_row
+        table, row = vision.CASES, vision_row
+        usual = names = list(vision.RIVALS)
     elif op != "neighborhood":
         table = [case for case in sequences.CASES if case.op == op]
-        names, row = sequences.RIVALS, sequence_row
-    wanted = names if rivals is True else rivals or ()
+        usual = names = list(sequences.RIVALS)
+        row = sequence_row
+    wanted = usual if rivals is True else rivals or ()
     _require_known("rival", wanted, names)
     if threads < 1:
         raise ValueError(f"threads={threads} must be at least 1.")
@@ -66,11 +80,18 @@ def run_op(
         for direction in directions
         if direction in getattr(case, "directions", DIRECTIONS)
     ]
+    if device == "cuda":  # the whole table in one dtype before the next: time may run out
+        plan.sort(key=lambda entry: tuple(dtypes).index(entry[1]))
     rows: list[dict[str, Any]] = []
+    left: list[str] = []
+    timed_until = {"deadline": deadline} if op == "neighborhood" else {}
     with _threads(threads):
         for done, (case, dtype, direction) in enumerate(plan):
             if progress is not None:
                 progress(f"bench {op}", done, len(plan))
+            if _is_over(deadline):
+                left.append(f"{case.id} {direction} {dtype}")
+                continue
             rows.append(
                 row(
                     case,
@@ -81,11 +102,12 @@ def run_op(
                     rivals=wanted,
                     threads=threads,
                     seconds=seconds,
+                    **timed_until,
                 )
             )
     if progress is not None:
         progress(f"bench {op}", len(plan), len(plan))
-    return BenchResult(op=op, rows=tuple(rows), **provenance(device, threads))
+    return BenchResult(op=op, rows=tuple(rows), left_out=tuple(left), **provenance(device, threads))
 
 
 def _row(
@@ -98,6 +120,7 @@ def _row(
     rivals: Sequence[str],
     threads: int,
     seconds: float,
+    deadline: float | None = None,
 ) -> dict[str, Any]:
     tensors = _inputs(case, dtype, device)
 
@@ -112,24 +135,35 @@ def _row(
     gemm_gflops = row["gemm_gflops"]
     row["predicted_seconds"] = _predicted(case, dtype, direction, device, name, gemm_gflops)
     if rivals:
+        limits = {"limit": seconds}
+        if device == "cuda":
+            limits = {"limit": max(seconds, GPU_LIMIT), "budget": seconds}
         with torch.no_grad():
             ours = attend(*tensors)
         for rival in RIVALS:
             if rival.name not in rivals or rival.name == row["backend"]:
                 continue
             try:
-                found = measure(
-                    rival, case, tensors, direction, ours=ours, gemm_gflops=gemm_gflops, limit=seconds
-                )
+                if _is_over(deadline):
+                    raise Unfit("no time was left")
+                found = measure(rival, case, tensors, direction, ours=ours, gemm_gflops=gemm_gflops, **limits)
             except Unfit as reason:
                 row["rivals_skipped"][rival.name] = str(reason)
                 continue
             row["rivals"][rival.name] = found.seconds
-            if found.note:
-                row["rivals_notes"][rival.name] = found.note
-            if found.compile_seconds is not None:
-                row["rivals_compile_seconds"][rival.name] = found.compile_seconds
+            for name, value in (
+                ("notes", found.note),
+                ("compile_seconds", found.compile_seconds),
+                ("setup_seconds", found.setup_seconds),
+                ("variants", found.variant),
+            ):
+                if value is not None:
+                    row[f"rivals_{name}"][rival.name] = value
     return row
+
+
+def _is_over(deadline: float | None) -> bool:
+    return deadline is not None and monotonic() >= deadline
 
 
 def _backend_used(case: Case, tensors: list[Tensor], backend: str) -> str:
@@ -142,7 +176,9 @@ def _backend_used(case: Case, tensors: list[Tensor], backend: str) -> str:
 def _predicted(
     case: Case, dtype: str, direction: Direction, device: str, backend: str, gemm_gflops: float
 ) -> float | None:
-    """What `nearfield.plan` expects; None for a GPU that it does not know."""
+    """What `nearfield.plan` expects; None for a GPU or a backend that it does not know."""
+    if backend not in REACH:
+        return None
     known = "cpu"
     if device == "cuda":
         gpu = torch.cuda.get_device_name().lower()
@@ -163,9 +199,9 @@ def _predicted(
 
 
 def _inputs(case: Case, dtype: str, device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     shape = (case.batch, *case.grid, case.num_heads, case.head_dim)
-    return [torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)) for _ in range(3)]
+    return [torch.randn(shape, generator=draw, device=device).to(getattr(torch, dtype)) for _ in range(3)]
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def _rivals(result: BenchResult) -> list[Table]:
     for row, note in zip(result.rows, notes, strict=True):
         cells = [
             f"{row['rivals'][name] / row['seconds']:.{digits}f}×{'*' if name in note else ''}"
+            + (f" {row['rivals_variants'][name]}" if name in row.get("rivals_variants", {}) else "")
             if name in row["rivals"]
             else "–"
             for name in names
@@ -97,7 +98,9 @@ def _reasons(result: BenchResult) -> list[str]:
         for name, reason in row.get("rivals_skipped", {}).items():
             found.setdefault((name, reason.partition(":")[0]), []).append(reason)
     rows = len(result.rows)
-    return [f"{name} left out of {len(why)} of {rows} rows: {why[0]}" for (name, _), why in found.items()]
+    left = [f"No time was left for {', '.join(result.left_out)}."] if result.left_out else []
+    skipped = [f"{name} left out of {len(why)} of {rows} rows: {why[0]}" for (name, _), why in found.items()]
+    return left + skipped
 
 
 def comparison_table(comparison: Comparison) -> Group:

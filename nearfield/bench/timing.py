@@ -92,10 +92,11 @@ class Gemm:
     SIDES: ClassVar = {"cpu": 1024, "cuda": 8192}
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
+        draw = torch.Generator(device).manual_seed(0)
         self.side = self.SIDES[device]
+        shape = (self.side, self.side)
         self.left, self.right = (
-            torch.randn(self.side, self.side, generator=generator).to(device, dtype) for _ in range(2)
+            torch.randn(shape, generator=draw, device=device).to(dtype) for _ in range(2)
         )
         self.out = torch.empty_like(self.left)
         self.device = device
@@ -148,4 +149,6 @@ def timed_row(
         "rivals_skipped": {},
         "rivals_notes": {},
         "rivals_compile_seconds": {},
+        "rivals_setup_seconds": {},
+        "rivals_variants": {},
     }

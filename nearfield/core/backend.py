@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from nearfield.core.errors import BackendUnavailable
 
-BACKENDS = ("auto", "reference", "tiled", "native", "triton", "flex")
+BACKENDS = ("auto", "reference", "tiled", "native", "triton", "flex", "natten", "natten-hub", "flash")
 VARIABLE = "NEARFIELD_BACKEND"
 
 

@@ -15,6 +15,7 @@ import torch
 from nearfield import natten as ours_by_name
 from nearfield.core import library
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
+from nearfield.ops.neighborhood import natten as executor
 
 BACKENDS = ("reference", "tiled", *(["native"] if library.kernels() else []))
 pytestmark = pytest.mark.filterwarnings(
@@ -101,6 +102,35 @@ def test_its_names_here_mean_the_same(rank):
         )
         assert all((a - b).abs().max() < TOLERANCE for a, b in merged)
     assert set(natten.__all__) >= {name for name in ours_by_name.__all__ if name in vars(natten)}
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 4))
+def test_our_executor_asks_natten_for_the_same_problem(seed, monkeypatch):
+    monkeypatch.setattr(executor, "DEVICE", "cpu")  # where NATTEN has FlexAttention in the place of kernels
+    problem = drawn(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, problem["head_dim"], generator=generator)
+
+    tensors = [tensor(*problem["grid"], problem[name]) for name in ("num_heads", *["num_kv_heads"] * 2)]
+    more = {}
+    if problem["extra"]:
+        names = ("additional_keys", "additional_values")
+        more = {name: tensor(problem["extra"], problem["num_kv_heads"]) for name in names}
+    pattern = {name: problem[name] for name in ("kernel_size", "stride", "dilation", "is_causal")}
+    geometry = Neighborhood(**pattern)
+    bound = geometry.on(problem["grid"])
+    assert executor.unfit(tensors[0], bound, scale=0.3) is None
+    with torch.no_grad():
+        found = executor.attend(*tensors, bound, scale=0.3, **more)
+        expected = neighborhood_attention(
+            *tensors, geometry, scale=0.3, return_lse=True, backend="reference", **more
+        )
+    for a, e in zip(found, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a - e).abs().max() < TOLERANCE
+    assert "no compiled kernels" in executor.supports(*tensors, bound, scale=0.3)
 
 
 def test_the_oracle_would_notice_one_key_more():

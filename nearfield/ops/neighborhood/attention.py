@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -12,15 +11,19 @@ from torch import Tensor
 
 from nearfield.core.backend import Choice, Verdict, choose, explain, requested
 from nearfield.ops.checks import check, check_heads, no_transform, scale_or_default, under_autocast
-from nearfield.ops.neighborhood import flex, native, reference, tiled, triton
+from nearfield.ops.neighborhood import flash, flex, native, natten, reference, tiled, triton, tuned
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 from nearfield.ops.neighborhood.operator import bind
 
 OP = "neighborhood_attention"
 LAYOUT = "[batch, one to three grid sides, heads, head_dim]"
-MODULES: dict[str, ModuleType] = {
-    "native": native, "triton": triton, "tiled": tiled, "reference": reference, "flex": flex
+MODULES: dict[str, Any] = {
+    "native": native, "triton": triton, "natten": natten, "flash": flash, "tiled": tiled,
+    "reference": reference, "flex": flex, "natten-hub": natten.Hub,
 }  # fmt: skip
+OTHERS = {"natten": natten, "flash": flash}  # kernels of others, which "auto" takes where they were measured
+SLOWER = "on this GPU it was not measured to be the fastest; `nearfield bench --tune` measures."
+BY_NAME = "so it runs only when asked for by name."
 OWN_MASKS = ("native", "triton")  # backends that never read what a masked key holds
 
 
@@ -122,17 +125,33 @@ def _backends(
 ) -> dict[str, Callable[[], Verdict]]:
     """What each backend says to this problem, the best first."""
 
-    def ask_flex() -> Verdict:
-        cannot = no_transform() or flex.supports(query, key, value, bound, **options)
-        return Verdict(cannot, "it compiles for seconds per shape, so it runs only when asked for by name.")
+    def ask(supports: Callable[..., str | None], unfit: str | None = None) -> Callable[[], Verdict]:
+        return lambda: Verdict(no_transform() or supports(query, key, value, bound, **options), unfit)
 
-    return {
-        "native": lambda: Verdict(no_transform() or native.supports(query, key, value, bound, **options)),
-        "triton": lambda: Verdict(no_transform() or triton.supports(query, key, value, bound, **options)),
-        "tiled": lambda: Verdict(no_transform() or tiled.supports(query, key, value, bound, **options)),
+    asks = {
+        "native": ask(native.supports),
+        "triton": ask(triton.supports),
+        "natten": ask(natten.supports, SLOWER),
+        "flash": ask(flash.supports, SLOWER),
+        "tiled": ask(tiled.supports),
         "reference": Verdict,
-        "flex": ask_flex,
+        "flex": ask(flex.supports, f"it compiles for seconds per shape, {BY_NAME}"),
+        "natten-hub": ask(natten.supports_hub, f"it downloads kernels, {BY_NAME}"),
     }
+    fastest = _fastest(query, key, value, bound)
+    if fastest not in OTHERS:
+        return asks
+    return {fastest: ask(OTHERS[fastest].supports), **{k: v for k, v in asks.items() if k != fastest}}
+
+
+def _fastest(query: Tensor, key: Tensor, value: Tensor, bound: Bound) -> str | None:
+    """The backend that was the fastest on such a problem when this GPU was measured; None: never was."""
+    if query.device.type != "cuda" or torch.compiler.is_compiling():  # a trace cannot read what is stored
+        return None
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    dim = max(query.shape[-1], value.shape[-1])
+    name = tuned.device_name(query.device)
+    return tuned.preferred(bound, "backward" if learns else "forward", query.element_size(), dim, name)
 
 
 def checked(

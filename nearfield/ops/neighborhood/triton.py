@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.ops.neighborhood import operator, triton_backward, triton_forward, triton_plan
+from nearfield.ops.neighborhood import operator, triton_backward, triton_forward, triton_plan, tuned
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 from nearfield.ops.neighborhood.operator import NUM_TENSORS
-from nearfield.ops.neighborhood.triton_plan import Tiling
+from nearfield.ops.neighborhood.triton_plan import Sides, Tiling
 
 NAME = "nearfield::triton_attention"
 FORWARD, BACKWARD = operator.schemas()
@@ -244,7 +244,33 @@ class _Problem:
         if self.query.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(self.query.device)
         arch = 10 * major + minor
-        return triton_plan.tiling(self.bounds, kind, self.query.element_size(), max(self.dims), arch)
+        problem = (self.bounds, kind, self.query.element_size(), max(self.dims))
+        measured = tuned.tiles(*problem, tuned.device_name(self.query.device))
+        return triton_plan.tiling(*problem, arch) if measured is None else measured
+
+    def has_boxes(self) -> bool:
+        """Whether descriptors can hold keys and values, of which only those beyond the grid are left out."""
+        if self.is_packed or self.key_mask is not None or any(axis.dilation > 1 for axis in self.axes):
+            return False
+        if self.key.device.type == "cuda" and torch.cuda.get_device_capability(self.key.device)[0] < 9:
+            return False
+        for x in (self.key, self.value):
+            dim, item = x.shape[-1], x.element_size()
+            *steps, head, _ = x.stride()
+            if dim != _padded(dim) or (head != dim and x.shape[-2] > 1) or x.data_ptr() % 16:
+                return False
+            if any(step * item % 16 or not step for step in steps):
+                return False
+        return True
+
+    def boxes_of(self, x: Tensor, sides: Sides) -> Any:
+        """A descriptor of keys or values [batch, three axes, heads * channels], in boxes of one head."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        batch, *axes, heads, dim = x.shape
+        axes = [1] * (triton_plan.RANK - len(axes)) + axes
+        steps = [step or x.stride(0) for step in self.strides(x)[:4]]  # an axis of one token is never stepped
+        return TensorDescriptor(x, [batch, *axes, heads * dim], [*steps, 1], [1, *sides, dim])
 
     def boxes(self, sides: Sequence[int], of_queries: bool) -> tuple[int, Tensor]:
         """How many boxes all packed grids have and a table of them, or how many one of a batch has."""
@@ -328,9 +354,12 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     pattern = problem.bounds[0].pattern
     outside = pattern.border == "pad" and problem.bias is not None
     masked = problem.key_mask is not None or outside
+    by_box = tiles.by_box and problem.has_boxes()
+    keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
     with torch.cuda.device_of(q):
         triton_forward.forward[(boxes * problem.heads * (1 if problem.is_packed else problem.batch),)](
-            q, k, v, *extra, *(_or(x, q) for x in (problem.bias, problem.key_mask, problem.sink_logits)),
+            q, keys, values, *extra,
+            *(_or(x, q) for x in (problem.bias, problem.key_mask, problem.sink_logits)),
             out, lse, work, problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v)),
             *extra_strides, boxes, problem.heads, problem.heads // problem.kv_heads, problem.num_more,
             *problem.dims, problem.scale * LOG2E,
@@ -338,7 +367,7 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
             HAS_MASK=problem.key_mask is not None, HAS_BIAS=problem.bias is not None,
             HAS_SINK=problem.sink_logits is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, **problem.shape(tiles),
+            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles),
             **problem.settings(),
         )  # fmt: skip
     return out, lse

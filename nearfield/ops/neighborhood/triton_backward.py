@@ -44,7 +44,7 @@ from nearfield.ops.neighborhood.triton_forward import bias_rows, box_scores
 @kernel
 def query_gradients(
     query, key, value, more_key, more_value, places, bias, key_mask, grad, grad_lse, out, lse, level, less,
-    d_query,     work, sizes,
+    d_query, work, sizes,
     grid, kernel_size, stride, dilation, offset,
     q_strides, k_strides, v_strides, g_strides, more_k_strides, more_v_strides,
     boxes, heads, group_size, num_more, head_dim, value_dim, scale,
@@ -108,8 +108,8 @@ def query_gradients(
         for t in range(count):
             scores, k, is_open, origin = box_scores(
                 q, key, bias, key_mask, partial_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
-                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale,
-                True, False, HAS_MASK, HAS_BIAS, D, EVEN, RANK,
+                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale, outer, kv_head,
+                True, False, HAS_MASK, HAS_BIAS, D, EVEN, RANK, TK, False,
             )  # fmt: skip
             v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
             dq = pull_queries(dq, scores, top, delta, g, k, v)
@@ -117,8 +117,8 @@ def query_gradients(
         for t in range(v0[3] * v1[3] * v2[3]):
             scores, k, is_open, origin = box_scores(
                 q, key, bias, key_mask, whole_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
-                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale,
-                False, False, False, HAS_BIAS, D, EVEN, RANK,
+                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale, outer, kv_head,
+                False, False, False, HAS_BIAS, D, EVEN, RANK, TK, False,
             )  # fmt: skip
             v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False)
             dq = pull_queries(dq, scores, top, delta, g, k, v)

@@ -355,6 +355,12 @@ def load_rows(x, place, inside, width, W: tl.constexpr, EVEN: tl.constexpr, CHEC
 
 
 @jit
+def load_box(x, batch, at, channel, T: tl.constexpr, W: tl.constexpr):
+    """Rows of a box of [batch, three axes, channels], of which x is a descriptor; zeros outside."""
+    return tl.reshape(x.load([batch, at[0], at[1], at[2], channel]), [T[0] * T[1] * T[2], W])
+
+
+@jit
 def store_rows(x, value, row, inside, width, W: tl.constexpr, EVEN: tl.constexpr):
     """Write whole rows of a contiguous x, as far as they are `inside`."""
     column = tl.arange(0, W)

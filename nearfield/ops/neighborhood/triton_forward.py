@@ -19,6 +19,7 @@ from nearfield.ops.neighborhood.triton_boxes import (
     lane_elements,
     lanes,
     lengths,
+    load_box,
     load_rows,
     locate,
     not_before,
@@ -72,13 +73,13 @@ def bias_rows(p, kernel_size):
 @jit
 def box_scores(
     q, key, bias, key_mask, at, lane, near, group, length, sides, dilation, strides, start, end, row,
-    kernel_size, head_dim, scale,
+    kernel_size, head_dim, scale, batch, kv_head,
     MASKED: tl.constexpr, OUTSIDE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    D: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
+    D: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, TK: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
     """Scores of the key box at `at`, its keys, which of them may be read, and the coordinates of the first.
 
-    `near` says how far each key of a box is from its first, in elements.
+    `near` says how far each key of a box is from its first, in elements. BY_BOX: `key` is a descriptor.
     """
     j = (at[0] + lane[0], at[1] + lane[1], at[2] + lane[2])
     origin = tokens(at, group, dilation)
@@ -90,7 +91,10 @@ def box_scores(
         is_open = inside
         if HAS_MASK:
             is_open = tl.load(key_mask + flat(tokens(j, group, dilation), sides), mask=inside, other=0) != 0
-    k = load_rows(key + elements(origin, strides), near, is_open, head_dim, D, EVEN, MASKED)
+    if BY_BOX:
+        k = load_box(key, batch, at, kv_head * D, TK, D)
+    else:
+        k = load_rows(key + elements(origin, strides), near, is_open, head_dim, D, EVEN, MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         seen = in_windows(start, end, j, RANK)
@@ -117,10 +121,12 @@ def forward(
     DV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SINK: tl.constexpr, HAS_MORE: tl.constexpr, HAS_PLACES: tl.constexpr,
     PACKED: tl.constexpr, FAR: tl.constexpr, RANK: tl.constexpr, PARTIAL: tl.constexpr,
-    WHOLE: tl.constexpr, BM: tl.constexpr,
-    BL: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a query box. `scale` is in base 2, the log-sum-exp natural."""
+    """Output and log-sum-exp of a query box. `scale` is in base 2, the log-sum-exp natural.
+
+    BY_BOX: keys and values are given by descriptors, and the GPU fetches a box of them by itself.
+    """
     SHIFT: tl.constexpr = BORDER == 0
     OUTSIDE: tl.constexpr = BORDER == 2 and HAS_BIAS  # keys beyond the grid have logits of their own
     item = tl.program_id(0) % boxes
@@ -137,8 +143,9 @@ def forward(
     here_start, here_end = cut(start, end, length)
 
     kv_head = head // group_size
-    key += base(batch, first_k, kv_head, k_strides, PACKED)
-    value += base(batch, first_k, kv_head, v_strides, PACKED)
+    if not BY_BOX:
+        key += base(batch, first_k, kv_head, k_strides, PACKED)
+        value += base(batch, first_k, kv_head, v_strides, PACKED)
     key_mask += first_k
     query += base(batch, first_q, head, q_strides, PACKED)
     q_place = elements((c[0], c[1], c[2] - offset), per_axis(q_strides, sides, PACKED))
@@ -178,21 +185,33 @@ def forward(
     if PARTIAL:
         count = v0[1] * v1[1] * v2[1] - v0[3] * v1[3] * v2[3]
         for t in range(count):
+            at = partial_box(t, v0, v1, v2, TK, RANK)
             scores, k, is_open, origin = box_scores(
-                q, key, bias, key_mask, partial_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
-                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale,
-                True, OUTSIDE, HAS_MASK, HAS_BIAS, D, EVEN, RANK,
+                q, key, bias, key_mask, at, lane, k_near, group, length, sides, dilation, k_steps, start,
+                end, row, kernel_size, head_dim, scale, outer, kv_head,
+                True, OUTSIDE, HAS_MASK, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
             )  # fmt: skip
-            v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
+            if BY_BOX:
+                v = load_box(value, outer, at, kv_head * DV, TK, DV)
+            else:
+                v = load_rows(
+                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True
+                )
             acc, top, total = absorb(acc, top, total, scores, v, True)
     if WHOLE:
         for t in range(v0[3] * v1[3] * v2[3]):
+            at = whole_box(t, v0, v1, v2, TK, RANK)
             scores, k, is_open, origin = box_scores(
-                q, key, bias, key_mask, whole_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
-                sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale,
-                False, False, False, HAS_BIAS, D, EVEN, RANK,
+                q, key, bias, key_mask, at, lane, k_near, group, length, sides, dilation, k_steps, start,
+                end, row, kernel_size, head_dim, scale, outer, kv_head,
+                False, False, False, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
             )  # fmt: skip
-            v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False)
+            if BY_BOX:
+                v = load_box(value, outer, at, kv_head * DV, TK, DV)
+            else:
+                v = load_rows(
+                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False
+                )
             acc, top, total = absorb(acc, top, total, scores, v, False)
     if HAS_MORE:
         more_key += batch * more_k_strides[0] + kv_head.to(tl.int64) * more_k_strides[2]

@@ -8,9 +8,9 @@ numbers (triton_boxes.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import chain, product
 from math import prod
 from typing import NamedTuple
 
@@ -40,7 +40,10 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sides of the boxes on three axes, and which of the two loops over them a kernel needs."""
+    """Sides of the boxes on three axes, and which of the two loops over them a kernel needs.
+
+    `by_box`: the forward has whole boxes of keys fetched (sm_90 and later), where their layout allows it.
+    """
 
     q_tile: Sides
     kv_tile: Sides
@@ -48,6 +51,7 @@ class Tiling:
     stages: int
     partial: bool
     whole: bool
+    by_box: bool = False
 
 
 # Meant to fit registers and shared memory of sm_80 and later; the first of a pair is for boxes of many
@@ -57,24 +61,24 @@ FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
     (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 256): (Config(64, 32, 8, 2),),
-    (4, 64): (Config(32, 32, 4, 2),),
+    (4, 64): (Config(32, 32, 8, 2),),
     (4, 128): (Config(32, 16, 8, 1),),
     (4, 256): (Config(16, 16, 4, 1),),
 }
 QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
     (2, 64): (Config(64, 64, 4, 2),),
     (2, 128): (Config(64, 64, 4, 2),),
-    (2, 256): (Config(64, 32, 8, 1),),
-    (4, 64): (Config(32, 32, 4, 1),),
-    (4, 128): (Config(32, 32, 8, 1),),
-    (4, 256): (Config(16, 16, 4, 1),),
+    (2, 256): (Config(64, 16, 8, 2),),
+    (4, 64): (Config(32, 32, 8, 1),),
+    (4, 128): (Config(16, 16, 8, 1),),
+    (4, 256): (Config(16, 16, 8, 1),),
 }
 KEYS: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of keys and values
     (2, 64): (Config(64, 64, 4, 2),),
-    (2, 128): (Config(32, 64, 4, 2),),
-    (2, 256): (Config(32, 64, 8, 1),),
-    (4, 64): (Config(32, 32, 4, 1),),
-    (4, 128): (Config(32, 32, 8, 1),),
+    (2, 128): (Config(32, 64, 8, 2),),
+    (2, 256): (Config(32, 32, 8, 1),),
+    (4, 64): (Config(32, 32, 8, 1),),
+    (4, 128): (Config(16, 32, 8, 1),),
     (4, 256): (Config(16, 16, 4, 1),),
 }
 TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
@@ -154,20 +158,64 @@ def tiling(bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int 
     are powers of two, those of the least computed area; the largest of the grids decides.
     """
     largest = max(bounds, key=lambda bound: bound.num_keys)
-    axes, inverse = on_three_axes(largest), kind == "keys"
+    costed = [
+        best for config in configs(kind, item, dim, arch) for best in _costed(largest, kind, config)[:1]
+    ]
+    return fitted(bounds, min(costed, key=lambda found: found[0])[1], kind)
+
+
+def candidates(
+    bound: Bound, kind: str, item: int, dim: int, arch: int = 90, *, most: int = 8
+) -> tuple[Tiling, ...]:
+    """Boxes worth a measurement, at most so many: first what `tiling` takes, then others by computed area.
+
+    Among them are further configurations than the static ones: best sides of each, second best of the static.
+    """
+    first = tiling((bound,), kind, item, dim, arch)
+    static = configs(kind, item, dim, arch)
+    ways = dict.fromkeys(near for config in static for near in _near(config, item))
+    costed = [found for way in ways for found in _costed(bound, kind, way)[: 1 + (way in static)]]
+    others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
+    found = list(dict.fromkeys([first, *others]))[:most]
+    is_plain = dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes)
+    if kind == "forward" and item == 2 and arch >= 90 and is_plain:  # each second one by box, the best first
+        pairs = [(tiles, replace(tiles, by_box=True)) for tiles in found]
+        found = list(chain.from_iterable(pairs))[:most]
+    return tuple(found)
+
+
+def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
+    """The same boxes with the loops that these grids need."""
+    partial, whole = loops(bounds, tiles, kind == "keys")
+    return replace(tiles, partial=partial, whole=whole)
+
+
+def _near(config: Config, item: int) -> list[Config]:
+    """A configuration and its neighbours: of another depth, other warps, boxes half or twice as long."""
+    rows, columns, warps, stages = config
+    least = 32 if item == 2 else 16
+    found = [
+        config,
+        *(Config(rows, columns, warps, n) for n in (stages - 1, stages + 1) if 1 <= n <= 4),
+        *(Config(rows, columns, n, stages) for n in (warps // 2, warps * 2) if 4 <= n <= 8),
+        *(Config(n, columns, warps, stages) for n in (rows // 2, rows * 2) if least <= n <= 128),
+        *(Config(rows, n, warps, stages) for n in (columns // 2, columns * 2) if least <= n <= 128),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _costed(bound: Bound, kind: str, config: Config) -> list[tuple[float, Tiling]]:
+    """Every choice of sides that are powers of two, and its cost in scores; the least first."""
+    axes = on_three_axes(bound)
     longest = [_power_above(-(-axis.size // axis.dilation)) for axis in axes]
-    best: tuple[float, Tiling] | None = None
-    for config in configs(kind, item, dim, arch):
-        for q_tile, kv_tile in product(_tiles(config.rows, longest), _tiles(config.columns, longest)):
-            found = _visits(largest, q_tile, kv_tile, inverse)
-            visited, whole = (prod(counts) for counts in zip(*found, strict=True))
-            cost = config.rows * config.columns * (visited + MASK * (visited - whole))
-            cost *= SMALL if config.rows < 128 else 1.0
-            if best is None or cost < best[0]:
-                best = cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True)
-    assert best is not None
-    chosen = best[1]
-    return Tiling(chosen.q_tile, chosen.kv_tile, chosen.warps, chosen.stages, *loops(bounds, chosen, inverse))
+    found = []
+    for q_tile, kv_tile in product(_tiles(config.rows, longest), _tiles(config.columns, longest)):
+        pairs = _visits(bound, q_tile, kv_tile, kind == "keys")
+        visited, whole = (prod(counts) for counts in zip(*pairs, strict=True))
+        cost = config.rows * config.columns * (visited + MASK * (visited - whole))
+        cost *= SMALL if config.rows < 128 else 1.0
+        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True)))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def loops(bounds: tuple[Bound, ...], tiles: Tiling, inverse: bool) -> tuple[bool, bool]:
