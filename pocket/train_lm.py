@@ -26,7 +26,7 @@ from nearfield.train import Recipe, fit  # noqa: E402
 STAGES = {
     "drill": Recipe(steps=900, batch_size=48, lr=8e-3, warmup=50, floor=0.5, seed=3),
     "base": Recipe(steps=3000, batch_size=16, lr=5e-3, warmup=100, floor=0.03, seed=1),
-    "chat": Recipe(steps=400, batch_size=16, lr=1.5e-3, warmup=40, floor=0.05, seed=2),
+    "chat": Recipe(steps=600, batch_size=16, lr=3e-3, warmup=40, floor=0.05, seed=2),
 }
 WINDOWS: dict[str, dict[str, Any]] = {
     "drill": {"lengths": ((0.0, 64), (0.6, 112)), "shares": (0.4, 0.0), "drills": True},
@@ -74,7 +74,7 @@ def main() -> None:
                 evaluate=measure,
                 progress=tell(name),
             )
-        if name == arguments.until:
+        if name == arguments.until != tuple(STAGES)[-1]:
             return
     from evaluate import publish_lm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 Found = Mapping[str, Sequence[float]]
@@ -37,5 +38,5 @@ def draw_seeds(axes: Any, found: Found, label: str) -> None:
     """A dot for each seed, those of one name above it."""
     for place, each in enumerate(found.values()):
         axes.plot([place] * len(each), each, "o", alpha=0.7)
-    axes.set_xticks(range(len(found)), list(found))
+    axes.set_xticks(range(len(found)), [fill(name, 14) for name in found])
     axes.set(ylabel=label)

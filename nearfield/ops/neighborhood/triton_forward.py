@@ -194,9 +194,7 @@ def forward(
             if BY_BOX:
                 v = load_box(value, outer, at, kv_head * DV, TK, DV)
             else:
-                v = load_rows(
-                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True
-                )
+                v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
             acc, top, total = absorb(acc, top, total, scores, v, True)
     if WHOLE:
         for t in range(v0[3] * v1[3] * v2[3]):

@@ -34,7 +34,9 @@ def beats_both_controls(*, full: bool = False) -> Result:
     keys = list(splits[0][0])
     means = {key: [sum(row[key] for row in rows) / len(rows) for rows in splits] for key in keys}
     pooled = {name: [row[name] for rows in splits for row in rows] for name in keys if "," not in name}
-    return _compared(pooled, "probability of the right answer", f"; by split: {by_seed(means)}")
+    label = "probability of the right answer"
+    plot = partial(draw_seeds, found={name: means[name] for name in pooled}, label=f"{label}, a dot a split")
+    return _compared(pooled, label, f"; by split: {by_seed(means)}", plot)
 
 
 def covers_the_object(*, full: bool = False) -> Result:
