@@ -112,7 +112,7 @@ class Asked(NamedTuple):
 def ask(model: Any, tokenizer: Any, number: int) -> Asked:
     """One instruction on words, the model's own greedy response, and what of the prompt it came from."""
     draw = Random(f"asked/{number}")
-    row = draw.sample(NOUNS, draw.randint(2, 4))
+    row = draw.sample(NOUNS, draw.randint(4, 6))  # spans as long as the instruction fit behind it
     wanted, right = draw.choice(
         (
             ("Repeat the words.", " ".join(row)),
