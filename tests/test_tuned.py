@@ -28,9 +28,9 @@ BOXES = Tiling((1, 4, 16), (1, 8, 8), 8, 2, True, False)
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A cache folder of the test's own."""
-    monkeypatch.setenv("NEARFIELD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tuned.measured.cache_clear()
-    yield tmp_path / "cache"
+    yield tmp_path / "cache" / "nearfield"
     tuned.measured.cache_clear()
 
 
@@ -127,7 +127,7 @@ BROKEN: dict[str, Callable[[], str]] = {
 def test_a_broken_or_foreign_file_is_ignored_with_one_warning(name: str) -> None:
     text = BROKEN[name]()
     path = tuned.path(GPU)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     tuned.measured.cache_clear()
     with warnings.catch_warnings(record=True) as told:
@@ -167,7 +167,6 @@ def test_the_file_is_read_once_and_an_interrupted_write_leaves_the_old_one(
 def test_the_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     name = tuned.path(GPU).name
     assert name.startswith("tuned-nvidia-h200-triton-")
-    monkeypatch.delenv("NEARFIELD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuned.path(GPU) == tmp_path / "nearfield" / name
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -316,7 +315,7 @@ def test_the_command_tunes_and_times_nothing(
 
 def tuning(folder: str) -> dict[str, Any]:
     """What a tuning finds where Triton interprets, and which boxes a later call takes."""
-    os.environ["NEARFIELD_CACHE"] = folder
+    os.environ["XDG_CACHE_HOME"] = folder
     smaller = Config(4, 8, 4, 1)
     triton_plan._near = lambda config, item: [config, smaller]  # the interpreter is slow
     case = Case("two boxes", (9,), Neighborhood(5), 1, 16)

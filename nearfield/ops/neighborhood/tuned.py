@@ -1,7 +1,7 @@
 """What `nearfield bench neighborhood --tune` measured on this GPU: boxes of kernels, fastest executors.
 
 Nothing is ever measured at a call. One file a device, Triton version and version of the kernels, in
-`$NEARFIELD_CACHE`, else `$XDG_CACHE_HOME/nearfield`, else `~/.cache/nearfield`; read once, when first asked.
+`$XDG_CACHE_HOME/nearfield`, else `~/.cache/nearfield`; read once, when first asked.
 """
 
 from __future__ import annotations
@@ -112,12 +112,10 @@ def origin() -> dict[str, str]:
 
 def path(device_name: str) -> Path:
     """Where the measurements of a device are kept."""
-    home = os.environ.get("NEARFIELD_CACHE")
-    if not home:
-        home = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nearfield")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nearfield"
     name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     found = origin()
-    return Path(home) / f"tuned-{name}-triton-{found['triton']}-{found['kernels']}.json"
+    return home / f"tuned-{name}-triton-{found['triton']}-{found['kernels']}.json"
 
 
 @lru_cache(maxsize=32)
