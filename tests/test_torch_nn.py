@@ -483,3 +483,18 @@ def test_install_refuses_in_words():
     with pytest.raises(NotImplementedError, match=r"call \.eval\(\)"):
         training(draw(1, N, DIM))
     assert training.eval()(draw(1, N, DIM)).isfinite().all()
+
+
+def test_watchers_that_leave_in_any_order_leave_no_stance_behind():
+    from torch._dynamo import eval_frame
+
+    from nearfield.hosts.torch_nn import eagerly
+
+    before, (first, second) = eval_frame._stance.stance, (eagerly(), eagerly())
+    first.__enter__()
+    second.__enter__()
+    assert eval_frame._stance.stance == "force_eager"
+    first.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert eval_frame._stance.stance == before == "default"

@@ -193,7 +193,7 @@ def attention(model: nn.Module, handler: Handler, leave_out: Sequence[nn.Module]
                 stack.callback(module.register_forward_hook(session.leave_module, always_call=True).remove)
             if getattr(module, "fused_attn", None) is False:
                 stack.callback(_set(module, "fused_attn", True))
-        stack.enter_context(_stance("force_eager"))
+        stack.enter_context(eagerly())
         stack.enter_context(session)
         yield model
 
@@ -495,6 +495,28 @@ def _awake(host: Callable[..., Tensor]) -> Callable[..., Tensor]:
             _here.busy += 1
 
     return run
+
+
+_watching = threading.Lock()
+_stances: list[Any] = []  # of each that watches; only the first one's is real
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled code runs eagerly inside; of several, the last to leave puts that back, in whatever order."""
+    with _watching:
+        if not _stances:
+            _stances.append(_stance("force_eager"))
+            _stances[0].__enter__()
+        else:
+            _stances.append(None)
+    try:
+        yield
+    finally:
+        with _watching:
+            if len(_stances) == 1:
+                _stances[0].__exit__(None, None, None)
+            _stances.pop()
 
 
 def _stance(name: str) -> AbstractContextManager[Any]:

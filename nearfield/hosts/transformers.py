@@ -85,7 +85,7 @@ def attention(model: nn.Module, handler: Handler, *, softcap: bool = False) -> I
     they do outside. On a converted model that goes on with the local pattern.
     """
     _register()
-    from nearfield.hosts.torch_nn import _stance
+    from nearfield.hosts.torch_nn import eagerly
 
     watcher = _Watcher(handler, threading.get_ident(), names_of(model), softcap)
     modules = set(model.modules())
@@ -100,7 +100,7 @@ def attention(model: nn.Module, handler: Handler, *, softcap: bool = False) -> I
             if is_attention(module):
                 stack.callback(module.register_forward_pre_hook(watcher.begin, with_kwargs=True).remove)
         _switch(configs_of(modules), stack)
-        stack.enter_context(_stance("force_eager"))
+        stack.enter_context(eagerly())
         yield model
 
 
