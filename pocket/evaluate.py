@@ -246,7 +246,8 @@ def reread(folder: Path) -> nn.Module:
 def _save(model: nn.Module, folder: Path) -> None:
     """Half precision is enough to store: figures are measured on what is stored."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    halves: dict[int, Tensor] = {}  # a matrix that serves twice is stored once
+    state = {name: halves.setdefault(x.data_ptr(), x.half()) for name, x in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
 
 
