@@ -29,6 +29,7 @@ DEVICES = ("cuda", "xpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # channels
 LARGEST_SCALE = torch.finfo(torch.float32).max
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 LOG2E = 1.4426950408889634
 BORDERS = {"shift": 0, "truncate": 1, "pad": 2}
 SPLITS = 32  # parts of the queries that share the gradients of a key that all see
@@ -182,7 +183,11 @@ class _Problem:
         self.num_more = 0 if self.more is None else self.more[0].shape[1]
         self.heads, self.kv_heads = query.shape[-2], key.shape[-2]
         self.dims = (query.shape[-1], value.shape[-1])
-        self.scale = scale
+        # the kernels want a scale above zero
+        self.sign = 0 if abs(scale) < SMALLEST_SCALE else 1 if scale > 0 else -1
+        self.scale = abs(scale) if self.sign else 1.0
+        if self.sign != 1:
+            self.query = self.query * self.sign
 
     def _sinks(self) -> tuple[Tensor | None, Tensor | None]:
         """Places of the extra keys [B, L], and of the sinks among all tokens [B, S], where there are sinks.
@@ -248,13 +253,13 @@ class _Problem:
         measured = tuned.tiles(*problem, tuned.device_name(self.query.device))
         return triton_plan.tiling(*problem, arch) if measured is None else measured
 
-    def has_boxes(self) -> bool:
-        """Whether descriptors can hold keys and values, of which only those beyond the grid are left out."""
+    def has_boxes(self, *tensors: Tensor) -> bool:
+        """Whether descriptors can hold these, of which only tokens beyond the grid are left out."""
         if self.is_packed or self.key_mask is not None or any(axis.dilation > 1 for axis in self.axes):
             return False
         if self.key.device.type == "cuda" and torch.cuda.get_device_capability(self.key.device)[0] < 9:
             return False
-        for x in (self.key, self.value):
+        for x in tensors:
             dim, item = x.shape[-1], x.element_size()
             *steps, head, _ = x.stride()
             if dim != _padded(dim) or (head != dim and x.shape[-2] > 1) or x.data_ptr() % 16:
@@ -264,7 +269,7 @@ class _Problem:
         return True
 
     def boxes_of(self, x: Tensor, sides: Sides) -> Any:
-        """A descriptor of keys or values [batch, three axes, heads * channels], in boxes of one head."""
+        """A descriptor of tokens [batch, three axes, heads * channels], in boxes of one head."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         batch, *axes, heads, dim = x.shape
@@ -354,7 +359,7 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     pattern = problem.bounds[0].pattern
     outside = pattern.border == "pad" and problem.bias is not None
     masked = problem.key_mask is not None or outside
-    by_box = tiles.by_box and problem.has_boxes()
+    by_box = tiles.by_box and problem.has_boxes(k, v)
     keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
     with torch.cuda.device_of(q):
         triton_forward.forward[(boxes * problem.heads * (1 if problem.is_packed else problem.batch),)](
@@ -402,22 +407,27 @@ def _run_backward(
     with torch.cuda.device_of(q):
         tiles = problem.tiling("queries")
         boxes, work = problem.boxes(tiles.q_tile, True)
+        by_box = tiles.by_box and problem.has_boxes(k, v)
+        fetched = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
         triton_backward.query_gradients[(boxes * problem.heads * batches,)](
-            q, k, v, *extra, bias, key_mask, grad, _or(grad_lse, lse), out, lse, level, less, dq, work,
+            q, *fetched, *extra, bias, key_mask, grad, _or(grad_lse, lse), out, lse, level, less, dq, work,
             problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v, grad)), *extra_strides,
             boxes, problem.heads, group_size, problem.num_more, *problem.dims, scale,
             BM=prod(tiles.q_tile), BL=prod(tiles.kv_tile),
             HAS_GRAD_LSE=grad_lse is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, **problem.shape(tiles, grad), **has, **problem.settings(),
+            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles, grad), **has,
+            **problem.settings(),
         )  # fmt: skip
         tiles = problem.tiling("keys")
         boxes, work = problem.boxes(tiles.kv_tile, False)
+        by_box = tiles.by_box and problem.has_boxes(q, grad)
+        queries, grads = (problem.boxes_of(x, tiles.q_tile) if by_box else x for x in (q, grad))
         triton_backward.key_gradients[(boxes * problem.kv_heads * batches,)](
-            q, k, v, bias, key_mask, grad, level, less, dk, dv, work, problem.sizes(), *problem.pattern(),
+            queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(), *problem.pattern(),
             *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size, *problem.dims, scale,
             BN=prod(tiles.kv_tile), PARTIAL=tiles.partial,
-            WHOLE=tiles.whole, **problem.shape(tiles, grad), **has, **problem.settings(),
+            WHOLE=tiles.whole, BY_BOX=by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
         )  # fmt: skip
         if problem.more is not None:
             _extra_gradients(problem, grad, level, less, dk, dv, more)
@@ -427,7 +437,7 @@ def _run_backward(
         share = torch.exp(problem.sink_logits - lse) * less
         share = share.masked_fill(lse == -torch.inf, 0).flatten(0, -2)
         logits = -share.sum(0, dtype=torch.float64).to(logits.dtype)
-    return dq, dk, dv, *more, table, logits
+    return dq if problem.sign == 1 else dq * problem.sign, dk, dv, *more, table, logits
 
 
 def _extra_gradients(

@@ -23,6 +23,7 @@ from nearfield.ops.neighborhood.triton_boxes import (
     lane_elements,
     lanes,
     lengths,
+    load_box,
     load_rows,
     locate,
     not_before,
@@ -52,7 +53,7 @@ def query_gradients(
     DV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, HAS_MORE: tl.constexpr, HAS_PLACES: tl.constexpr,
     PACKED: tl.constexpr, FAR: tl.constexpr, RANK: tl.constexpr, PARTIAL: tl.constexpr,
-    WHOLE: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr,
+    WHOLE: tl.constexpr, BM: tl.constexpr, BL: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a query box; and for the other kernels the log-sum-exp in base 2, and what to subtract."""
     SHIFT: tl.constexpr = BORDER == 0
@@ -70,14 +71,15 @@ def query_gradients(
     start, end = cut(start, end, length)
 
     kv_head = head // group_size
-    key += base(batch, first_k, kv_head, k_strides, PACKED)
-    value += base(batch, first_k, kv_head, v_strides, PACKED)
+    if not BY_BOX:
+        key += base(batch, first_k, kv_head, k_strides, PACKED)
+        value += base(batch, first_k, kv_head, v_strides, PACKED)
     key_mask += first_k
     query += base(batch, first_q, head, q_strides, PACKED)
     grad += base(batch, first_q, head, g_strides, PACKED)
-    at = (c[0], c[1], c[2] - offset)
-    q = load_rows(query, elements(at, per_axis(q_strides, sides, PACKED)), rows, head_dim, D, EVEN, True)
-    g = load_rows(grad, elements(at, per_axis(g_strides, sides, PACKED)), rows, value_dim, DV, EVEN_V, True)
+    here = (c[0], c[1], c[2] - offset)
+    q = load_rows(query, elements(here, per_axis(q_strides, sides, PACKED)), rows, head_dim, D, EVEN, True)
+    g = load_rows(grad, elements(here, per_axis(g_strides, sides, PACKED)), rows, value_dim, DV, EVEN_V, True)
     row = bias_rows(clamped(p, length), kernel_size)
     if HAS_BIAS:
         bias += head * (2 * kernel_size[0] - 1) * (2 * kernel_size[1] - 1) * (2 * kernel_size[2] - 1)
@@ -106,22 +108,34 @@ def query_gradients(
     if PARTIAL:
         count = v0[1] * v1[1] * v2[1] - v0[3] * v1[3] * v2[3]
         for t in range(count):
-            scores, k, is_open, origin = box_scores(
-                q, key, bias, key_mask, partial_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
+            at = partial_box(t, v0, v1, v2, TK, RANK)
+            scores, factor, k, is_open, origin = box_scores(
+                q, key, bias, key_mask, at, lane, k_near, group, length,
                 sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale, outer, kv_head,
-                True, False, HAS_MASK, HAS_BIAS, D, EVEN, RANK, TK, False,
+                True, False, HAS_MASK, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
             )  # fmt: skip
-            v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
-            dq = pull_queries(dq, scores, top, delta, g, k, v)
+            if BY_BOX:
+                v = load_box(value, outer, at, kv_head * DV, TK, DV)
+            else:
+                v = load_rows(
+                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True
+                )
+            dq = pull_queries(dq, scores * factor, top, delta, g, k, v)
     if WHOLE:
         for t in range(v0[3] * v1[3] * v2[3]):
-            scores, k, is_open, origin = box_scores(
-                q, key, bias, key_mask, whole_box(t, v0, v1, v2, TK, RANK), lane, k_near, group, length,
+            at = whole_box(t, v0, v1, v2, TK, RANK)
+            scores, factor, k, is_open, origin = box_scores(
+                q, key, bias, key_mask, at, lane, k_near, group, length,
                 sides, dilation, k_steps, start, end, row, kernel_size, head_dim, scale, outer, kv_head,
-                False, False, False, HAS_BIAS, D, EVEN, RANK, TK, False,
+                False, False, False, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
             )  # fmt: skip
-            v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False)
-            dq = pull_queries(dq, scores, top, delta, g, k, v)
+            if BY_BOX:
+                v = load_box(value, outer, at, kv_head * DV, TK, DV)
+            else:
+                v = load_rows(
+                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False
+                )
+            dq = pull_queries(dq, scores * factor, top, delta, g, k, v)
     if HAS_MORE:
         more_key += batch * more_k_strides[0] + kv_head.to(tl.int64) * more_k_strides[2]
         more_value += batch * more_v_strides[0] + kv_head.to(tl.int64) * more_v_strides[2]
@@ -162,7 +176,7 @@ def key_gradients(
     TQ: tl.constexpr, TK: tl.constexpr, CAUSAL: tl.constexpr, BORDER: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, FAR: tl.constexpr, RANK: tl.constexpr,
-    PARTIAL: tl.constexpr, WHOLE: tl.constexpr, BN: tl.constexpr,
+    PARTIAL: tl.constexpr, WHOLE: tl.constexpr, BN: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of a box, over the query heads that share them."""
     SHIFT: tl.constexpr = BORDER == 0
@@ -214,22 +228,30 @@ def key_gradients(
     if PARTIAL:  # heads and boxes are one loop: loads run ahead from head to head
         for t in range(partial * group_size):
             head = kv_head * group_size + t // partial
+            q_head, g_head = query, grad
+            if not BY_BOX:
+                q_head += base(batch, first_q, head, q_strides, PACKED)
+                g_head += base(batch, first_q, head, g_strides, PACKED)
             dk, dv = pull_keys(
-                dk, dv, k, v, query + base(batch, first_q, head, q_strides, PACKED),
-                grad + base(batch, first_q, head, g_strides, PACKED), bias + head * table, level, less,
+                dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
                 partial_box(t % partial, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
-                dilation, offset, first_q, heads, head, q_steps, g_steps, low, high, column, kernel_size,
-                head_dim, value_dim, scale, True, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK,
+                dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
+                kernel_size, head_dim, value_dim, scale, True, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
+                BY_BOX,
             )  # fmt: skip
     if WHOLE:
         for t in range(whole * group_size):
             head = kv_head * group_size + t // whole
+            q_head, g_head = query, grad
+            if not BY_BOX:
+                q_head += base(batch, first_q, head, q_strides, PACKED)
+                g_head += base(batch, first_q, head, g_strides, PACKED)
             dk, dv = pull_keys(
-                dk, dv, k, v, query + base(batch, first_q, head, q_strides, PACKED),
-                grad + base(batch, first_q, head, g_strides, PACKED), bias + head * table, level, less,
+                dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
                 whole_box(t % whole, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
-                dilation, offset, first_q, heads, head, q_steps, g_steps, low, high, column, kernel_size,
-                head_dim, value_dim, scale, False, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK,
+                dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
+                kernel_size, head_dim, value_dim, scale, False, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
+                BY_BOX,
             )  # fmt: skip
     if HAS_MASK:
         dk = tl.where(is_open[:, None], dk, 0.0)
@@ -242,10 +264,10 @@ def key_gradients(
 @jit
 def pull_keys(
     dk, dv, k, v, query, grad, bias, level, less, at, lane, q_near, g_near, group, length, sides, dilation,
-    offset, first_q, heads, head, q_steps, g_steps, low, high, column, kernel_size, head_dim, value_dim,
-    scale,
+    offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column, kernel_size, head_dim,
+    value_dim, scale,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_V: tl.constexpr, RANK: tl.constexpr,
+    EVEN_V: tl.constexpr, RANK: tl.constexpr, TQ: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
     """The keys' gradients (without the scale) and the values' with those through one more box of queries."""
     p = (at[0] + lane[0], at[1] + lane[1], at[2] + lane[2])
@@ -254,8 +276,13 @@ def pull_keys(
     rows = p[2] >= 0
     if MASKED:
         rows = below(p, length, RANK)
-    q = load_rows(query + elements(origin, q_steps), q_near, rows, head_dim, D, EVEN, MASKED)
-    g = load_rows(grad + elements(origin, g_steps), g_near, rows, value_dim, DV, EVEN_V, MASKED)
+    if BY_BOX:
+        first = (at[0], at[1], at[2] - offset)
+        q = load_box(query, outer, first, head * D, TQ, D)
+        g = load_box(grad, outer, first, head * DV, TQ, DV)
+    else:
+        q = load_rows(query + elements(origin, q_steps), q_near, rows, head_dim, D, EVEN, MASKED)
+        g = load_rows(grad + elements(origin, g_steps), g_near, rows, value_dim, DV, EVEN_V, MASKED)
     place = (first_q + flat(tokens(p, group, dilation), sides) - offset) * heads + head
     scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
     if MASKED:

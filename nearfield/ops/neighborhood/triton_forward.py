@@ -36,13 +36,16 @@ from nearfield.ops.neighborhood.triton_boxes import (
 
 
 @jit
-def absorb(acc, top, total, scores, v, GUARD: tl.constexpr):
-    """The running output, maximum and sum with one more tile of scores; GUARD where rows may see nothing."""
-    higher = tl.maximum(top, tl.max(scores, 1))
+def absorb(acc, top, total, scores, factor, v, GUARD: tl.constexpr):
+    """The running output, maximum and sum with one more tile of scores, still to be multiplied by `factor`.
+
+    So the product and the difference are one instruction. GUARD where rows may see nothing.
+    """
+    higher = tl.maximum(top, tl.max(scores, 1) * factor)
     level = higher
     if GUARD:
         level = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp2(scores - level[:, None])
+    p = tl.exp2(scores * factor - level[:, None])
     shrink = tl.exp2(top - level)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -77,7 +80,8 @@ def box_scores(
     MASKED: tl.constexpr, OUTSIDE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_BIAS: tl.constexpr,
     D: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, TK: tl.constexpr, BY_BOX: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the key box at `at`, its keys, which of them may be read, and the coordinates of the first.
+    """Scores of the key box at `at`, a factor above zero that they still lack, its keys, which of them may be
+    read, and the coordinates of the first.
 
     `near` says how far each key of a box is from its first, in elements. BY_BOX: `key` is a descriptor.
     """
@@ -95,7 +99,11 @@ def box_scores(
         k = load_box(key, batch, at, kv_head * D, TK, D)
     else:
         k = load_rows(key + elements(origin, strides), near, is_open, head_dim, D, EVEN, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    factor = scale
+    if HAS_BIAS:
+        scores *= scale
+        factor = 1.0
     if MASKED:
         seen = in_windows(start, end, j, RANK)
         if HAS_MASK:
@@ -108,7 +116,7 @@ def box_scores(
         scores = tl.where(seen, scores, float("-inf"))
     elif HAS_BIAS:
         scores += bias_of(bias, j, row, kernel_size, is_open, False)
-    return scores, k, is_open, origin
+    return scores, factor, k, is_open, origin
 
 
 @kernel
@@ -186,7 +194,7 @@ def forward(
         count = v0[1] * v1[1] * v2[1] - v0[3] * v1[3] * v2[3]
         for t in range(count):
             at = partial_box(t, v0, v1, v2, TK, RANK)
-            scores, k, is_open, origin = box_scores(
+            scores, factor, k, is_open, origin = box_scores(
                 q, key, bias, key_mask, at, lane, k_near, group, length, sides, dilation, k_steps, start,
                 end, row, kernel_size, head_dim, scale, outer, kv_head,
                 True, OUTSIDE, HAS_MASK, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
@@ -195,11 +203,11 @@ def forward(
                 v = load_box(value, outer, at, kv_head * DV, TK, DV)
             else:
                 v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
-            acc, top, total = absorb(acc, top, total, scores, v, True)
+            acc, top, total = absorb(acc, top, total, scores, factor, v, True)
     if WHOLE:
         for t in range(v0[3] * v1[3] * v2[3]):
             at = whole_box(t, v0, v1, v2, TK, RANK)
-            scores, k, is_open, origin = box_scores(
+            scores, factor, k, is_open, origin = box_scores(
                 q, key, bias, key_mask, at, lane, k_near, group, length, sides, dilation, k_steps, start,
                 end, row, kernel_size, head_dim, scale, outer, kv_head,
                 False, False, False, HAS_BIAS, D, EVEN, RANK, TK, BY_BOX,
@@ -210,7 +218,7 @@ def forward(
                 v = load_rows(
                     value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, False
                 )
-            acc, top, total = absorb(acc, top, total, scores, v, False)
+            acc, top, total = absorb(acc, top, total, scores, factor, v, False)
     if HAS_MORE:
         more_key += batch * more_k_strides[0] + kv_head.to(tl.int64) * more_k_strides[2]
         more_value += batch * more_v_strides[0] + kv_head.to(tl.int64) * more_v_strides[2]
@@ -221,7 +229,7 @@ def forward(
             v = load_rows(
                 more_value, extra.to(tl.int64) * more_v_strides[1], is_there, value_dim, DV, EVEN_V, True
             )
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             seen = is_there[None, :]
             if HAS_PLACES:
                 place = tl.load(places + batch * num_more + extra, mask=is_there, other=-2)
@@ -230,7 +238,7 @@ def forward(
                     CAUSAL[2],
                 )  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
-            acc, top, total = absorb(acc, top, total, scores, v, True)
+            acc, top, total = absorb(acc, top, total, scores, scale, v, True)
 
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = first_q + flat(c, sides) - offset

@@ -42,7 +42,7 @@ class Config(NamedTuple):
 class Tiling:
     """Sides of the boxes on three axes, and which of the two loops over them a kernel needs.
 
-    `by_box`: the forward has whole boxes of keys fetched (sm_90 and later), where their layout allows it.
+    `by_box`: whole boxes of what is walked are fetched (sm_90 and later), where their layout allows it.
     """
 
     q_tile: Sides
@@ -178,7 +178,7 @@ def candidates(
     others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
     found = list(dict.fromkeys([first, *others]))[:most]
     is_plain = dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes)
-    if kind == "forward" and item == 2 and arch >= 90 and is_plain:  # each second one by box, the best first
+    if item == 2 and arch >= 90 and is_plain:  # each second one by box, the best first
         pairs = [(tiles, replace(tiles, by_box=True)) for tiles in found]
         found = list(chain.from_iterable(pairs))[:most]
     return tuple(found)
