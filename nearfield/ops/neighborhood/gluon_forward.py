@@ -1,4 +1,4 @@
-"""The forward kernel of neighborhood attention for Hopper, in Gluon: loads and two halves of a box side by side.
+"""The forward kernel of neighborhood attention for Hopper, in Gluon: warps that load, and warps that compute.
 
 A program takes a query box of 128 queries of one head. One warp fetches key and value boxes into a ring; two
 groups of four warps take half of the queries each, so that one's softmax runs beside the other's products.
@@ -11,36 +11,22 @@ patterns only: no mask, bias, sinks, extra keys, dilation or packed grids. `trit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from nearfield.ops.neighborhood.triton_boxes import (
-    INT_TUPLES,
     below,
     cut,
     flat,
     in_windows,
     key_boxes,
-    lengths,
     locate,
     partial_box,
     split_box,
-    tokens,
     whole_box,
     windows,
 )
 
-
-def _has_gluon() -> bool:
-    try:
-        return find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
-    except ImportError:
-        return False
-
-
-AVAILABLE = _has_gluon()
-
-if AVAILABLE:
+try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -51,28 +37,29 @@ if AVAILABLE:
         warpgroup_mma_wait,
     )
 
-    jit = gluon.jit
+    # names differ between versions
     fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
     send = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+    meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     Memory = gl.shared_memory_descriptor
     view = Memory.reinterpret if hasattr(Memory, "reinterpret") else Memory._reinterpret
-    meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+except (ImportError, AttributeError):  # no Triton, or one without this; the module still imports
+    gluon = gl = None
 
-    def kernel(function: Callable[..., Any]) -> Any:
-        """A kernel of which sizes make no variants, except by being 1."""
-        sizes = (*INT_TUPLES, "boxes", "heads", "group_size")
-        names = [name for name in sizes if name in function.__code__.co_varnames]
-        return gluon.jit(do_not_specialize_on_alignment=names)(function)
-else:  # the module still imports; nobody launches
 
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, never compiled."""
-        return function
+def jit(function: Callable[..., Any]) -> Any:
+    """The function, compiled where Gluon is there."""
+    return function if gluon is None else gluon.jit(function)
 
-    gl, kernel = None, jit
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A kernel of which sizes make no variants, except by being 1."""
+    sizes = ("grid", "kernel_size", "stride", "offset", "boxes", "heads", "group_size")
+    names = [name for name in sizes if name in function.__code__.co_varnames]
+    return function if gluon is None else gluon.jit(do_not_specialize_on_alignment=names)(function)
+
 
 LOG2E = 1.4426950408889634
-
 
 
 @jit
@@ -160,7 +147,30 @@ def values_of(p, v_boxes, v_full, turn, acc):
     STAGES: gl.constexpr = v_boxes.shape[0]
     slot = turn % STAGES
     mbarrier.wait(v_full.index(slot), turn // STAGES & 1)
-    return warpgroup_mma(p, v_boxes.index(slot), acc, is_async=True)
+    weights = unpacked(p, v_boxes, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(weights, v_boxes.index(slot), acc, is_async=True)
+
+
+@jit
+def packed(weights, dtype: gl.constexpr):
+    """Weights in 16 bits, in pairs: what a loop carries in 16 bits, it packs again each time."""
+    ROWS: gl.constexpr = weights.shape[0]
+    PAIRS: gl.constexpr = weights.shape[1] // 2
+    NAME: gl.constexpr = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    CODE: gl.constexpr = "cvt.rn." + NAME + ".f32 $0, $2, $1;"
+    first, second = gl.split(gl.reshape(weights, [ROWS, PAIRS, 2]))
+    return gl.inline_asm_elementwise(CODE, "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@jit
+def unpacked(pairs, like, layout: gl.constexpr):
+    """What `packed` packed."""
+    ROWS: gl.constexpr = pairs.shape[0]
+    KEYS: gl.constexpr = pairs.shape[1] * 2
+    first, second = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(like.dtype, like.dtype), is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.reshape(gl.join(first, second), [ROWS, KEYS]), layout)
 
 
 @jit
@@ -203,13 +213,13 @@ def absorb(
         mbarrier.arrive(orders.index(1 - HALF))
     scores = warpgroup_mma_wait(1, deps=[scores])
     leave(k_boxes, k_empty, turn)
-    weights, top, total, shrink = soften(
-        scores, top, total, scale, start, end, at, lane, MASKED, RANK
-    )
+    weights, top, total, shrink = soften(scores, top, total, scale, start, end, at, lane, MASKED, RANK)
+    p = packed(weights, q.dtype)
+    # has long passed, but behind it the compiler would move the weights, to wait for the products
+    mbarrier.wait(v_full.index((turn - 1) % v_boxes.shape[0]), (turn - 1) // v_boxes.shape[0] & 1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     leave(v_boxes, v_empty, turn - 1)
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-    p = gl.convert_layout(weights.to(q.dtype), p.type.layout)
     return acc, p, top, total
 
 
@@ -255,16 +265,18 @@ def consume(
     leave(k_boxes, k_empty, 0)
     at = first_box(visited, TK, RANK)
     weights, top, total, _ = soften(scores, top, total, scale, start, end, at, lane, True, RANK)
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, by_channel, 2))
+    p = packed(weights, q.dtype)
     for t in range(1, partial):
         at = partial_box(t, v0, v1, v2, TK, RANK)
         acc, p, top, total = absorb(
-            acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane, HALF, True, RANK, ORDERED
-        )
+            acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane,
+            HALF, True, RANK, ORDERED,
+        )  # fmt: skip
     for t in range(gl.maximum(partial, 1), boxes):
         acc, p, top, total = absorb(
-            acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane, HALF, False, RANK, ORDERED
-        )
+            acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane,
+            HALF, False, RANK, ORDERED,
+        )  # fmt: skip
     acc = values_of(p, v_boxes, barriers[3], boxes - 1, acc)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
@@ -300,9 +312,9 @@ def forward(
     item = gl.program_id(0) % boxes
     head = gl.program_id(0) // boxes % heads
     outer = gl.program_id(0) // boxes // heads
-    batch, box, sides, first_query, _ = locate(lse, lse, item, outer, grid, offset, False)
+    _, box, sides, first_query, _ = locate(lse, lse, item, outer, grid, offset, False)
     one: gl.constexpr = (1, 1, 1)
-    group, first = split_box(box, sides, one, offset, TQ)
+    _, first = split_box(box, sides, one, offset, TQ)
     v0 = key_boxes(first[0], sides[0], kernel_size[0], stride[0], TQ[0], TK[0], CAUSAL[0], SHIFT, False)
     v1 = key_boxes(first[1], sides[1], kernel_size[1], stride[1], TQ[1], TK[1], CAUSAL[1], SHIFT, False)
     v2 = key_boxes(first[2], sides[2], kernel_size[2], stride[2], TQ[2], TK[2], CAUSAL[2], SHIFT, False)
@@ -373,8 +385,8 @@ def arguments(
     *,
     stages: int = 2,
     ordered: bool = True,
-    few: int = 40,
-    many: int = 232,
+    few: int = 24,
+    many: int = 240,
 ) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """How many programs to run on a `triton._Problem`, and what to give to `forward`.
 
@@ -407,7 +419,9 @@ def arguments(
     return boxes * problem.heads * problem.batch, given, constants
 
 
-def launch(problem: Any, out: Any, lse: Any, q_tile: Sequence[int], kv_tile: Sequence[int], **how: Any) -> None:
+def launch(
+    problem: Any, out: Any, lse: Any, q_tile: Sequence[int], kv_tile: Sequence[int], **how: Any
+) -> None:
     """Set `out` and `lse`, as `arguments` says."""
     programs, given, constants = arguments(problem, out, lse, q_tile, kv_tile, **how)
     forward[(programs,)](*given, **constants)

@@ -243,19 +243,23 @@ class _Problem:
             found.append(x if more is None else torch.cat([more, x], 1))
         return found[0], found[1]
 
-    def tiling(self, kind: str) -> Tiling:
-        """The boxes in which a kernel goes over this problem."""
+    def tiling(self, kind: str, *walked: Tensor) -> Tiling:
+        """The boxes in which a kernel goes over this problem, of which it walks these tensors."""
         major, minor = (9, 0)
         if self.query.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(self.query.device)
-        arch = 10 * major + minor
+        has_boxes = self.has_boxes(*walked)
         problem = (self.bounds, kind, self.query.element_size(), max(self.dims))
         measured = tuned.tiles(*problem, tuned.device_name(self.query.device))
-        return triton_plan.tiling(*problem, arch) if measured is None else measured
+        if measured is None or (measured.by_box and not has_boxes):
+            return triton_plan.tiling(*problem, 10 * major + minor, has_boxes)
+        return measured
 
     def has_boxes(self, *tensors: Tensor) -> bool:
         """Whether descriptors can hold these, of which only tokens beyond the grid are left out."""
-        if self.is_packed or self.key_mask is not None or any(axis.dilation > 1 for axis in self.axes):
+        if self.is_packed or any(axis.dilation > 1 for axis in self.axes):
+            return False
+        if self.key_mask is not None or self.bias is not None:  # a bias would want shared memory, too
             return False
         if self.key.device.type == "cuda" and torch.cuda.get_device_capability(self.key.device)[0] < 9:
             return False
@@ -353,14 +357,13 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if not lse.numel():
         return out, lse
-    tiles = problem.tiling("forward")
+    tiles = problem.tiling("forward", k, v)
     boxes, work = problem.boxes(tiles.q_tile, True)
     extra, extra_strides = problem.extras()
     pattern = problem.bounds[0].pattern
     outside = pattern.border == "pad" and problem.bias is not None
     masked = problem.key_mask is not None or outside
-    by_box = tiles.by_box and problem.has_boxes(k, v)
-    keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
+    keys, values = (problem.boxes_of(x, tiles.kv_tile) if tiles.by_box else x for x in (k, v))
     with torch.cuda.device_of(q):
         triton_forward.forward[(boxes * problem.heads * (1 if problem.is_packed else problem.batch),)](
             q, keys, values, *extra,
@@ -372,7 +375,7 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
             HAS_MASK=problem.key_mask is not None, HAS_BIAS=problem.bias is not None,
             HAS_SINK=problem.sink_logits is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles),
+            WHOLE=tiles.whole and not masked, BY_BOX=tiles.by_box, **problem.shape(tiles),
             **problem.settings(),
         )  # fmt: skip
     return out, lse
@@ -405,10 +408,9 @@ def _run_backward(
     scale = problem.scale * LOG2E
     has = {"HAS_MASK": masked, "HAS_BIAS": problem.bias is not None}
     with torch.cuda.device_of(q):
-        tiles = problem.tiling("queries")
+        tiles = problem.tiling("queries", k, v)
         boxes, work = problem.boxes(tiles.q_tile, True)
-        by_box = tiles.by_box and problem.has_boxes(k, v)
-        fetched = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
+        fetched = (problem.boxes_of(x, tiles.kv_tile) if tiles.by_box else x for x in (k, v))
         triton_backward.query_gradients[(boxes * problem.heads * batches,)](
             q, *fetched, *extra, bias, key_mask, grad, _or(grad_lse, lse), out, lse, level, less, dq, work,
             problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v, grad)), *extra_strides,
@@ -416,18 +418,17 @@ def _run_backward(
             BM=prod(tiles.q_tile), BL=prod(tiles.kv_tile),
             HAS_GRAD_LSE=grad_lse is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles, grad), **has,
+            WHOLE=tiles.whole and not masked, BY_BOX=tiles.by_box, **problem.shape(tiles, grad), **has,
             **problem.settings(),
         )  # fmt: skip
-        tiles = problem.tiling("keys")
+        tiles = problem.tiling("keys", q, grad)
         boxes, work = problem.boxes(tiles.kv_tile, False)
-        by_box = tiles.by_box and problem.has_boxes(q, grad)
-        queries, grads = (problem.boxes_of(x, tiles.q_tile) if by_box else x for x in (q, grad))
+        queries, grads = (problem.boxes_of(x, tiles.q_tile) if tiles.by_box else x for x in (q, grad))
         triton_backward.key_gradients[(boxes * problem.kv_heads * batches,)](
-            queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(), *problem.pattern(),
-            *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size, *problem.dims, scale,
-            BN=prod(tiles.kv_tile), PARTIAL=tiles.partial,
-            WHOLE=tiles.whole, BY_BOX=by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
+            queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(),
+            *problem.pattern(), *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size,
+            *problem.dims, scale, BN=prod(tiles.kv_tile), PARTIAL=tiles.partial, WHOLE=tiles.whole,
+            BY_BOX=tiles.by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
         )  # fmt: skip
         if problem.more is not None:
             _extra_gradients(problem, grad, level, less, dk, dv, more)
@@ -445,7 +446,7 @@ def _extra_gradients(
 ) -> None:
     """Set the gradients of additional keys and values, and add those of the sinks to the others."""
     (keys, values, places), strides = problem.extras()
-    q, tiles = problem.query, problem.tiling("keys")
+    q, tiles = problem.query, problem.tiling("keys", problem.query, grad)
     rows, columns = prod(tiles.q_tile), prod(tiles.kv_tile)
     most = max(bound.num_queries for bound in problem.bounds)
     splits, blocks = min(SPLITS, -(-most // rows)), -(-problem.num_more // columns)

@@ -14,6 +14,7 @@ from nearfield.ops.neighborhood.triton_boxes import (
     clamped,
     coordinates,
     cut,
+    divided,
     elements,
     flat,
     in_windows,
@@ -117,9 +118,7 @@ def query_gradients(
             if BY_BOX:
                 v = load_box(value, outer, at, kv_head * DV, TK, DV)
             else:
-                v = load_rows(
-                    value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True
-                )
+                v = load_rows(value + elements(origin, v_steps), v_near, is_open, value_dim, DV, EVEN_V, True)
             dq = pull_queries(dq, scores * factor, top, delta, g, k, v)
     if WHOLE:
         for t in range(v0[3] * v1[3] * v2[3]):
@@ -227,28 +226,30 @@ def key_gradients(
     partial = v0[1] * v1[1] * v2[1] - whole
     if PARTIAL:  # heads and boxes are one loop: loads run ahead from head to head
         for t in range(partial * group_size):
-            head = kv_head * group_size + t // partial
+            member, number = divided(t, partial)
+            head = kv_head * group_size + member
             q_head, g_head = query, grad
             if not BY_BOX:
                 q_head += base(batch, first_q, head, q_strides, PACKED)
                 g_head += base(batch, first_q, head, g_strides, PACKED)
             dk, dv = pull_keys(
                 dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
-                partial_box(t % partial, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
+                partial_box(number, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
                 dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
                 kernel_size, head_dim, value_dim, scale, True, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
                 BY_BOX,
             )  # fmt: skip
     if WHOLE:
         for t in range(whole * group_size):
-            head = kv_head * group_size + t // whole
+            member, number = divided(t, whole)
+            head = kv_head * group_size + member
             q_head, g_head = query, grad
             if not BY_BOX:
                 q_head += base(batch, first_q, head, q_strides, PACKED)
                 g_head += base(batch, first_q, head, g_strides, PACKED)
             dk, dv = pull_keys(
                 dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
-                whole_box(t % whole, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
+                whole_box(number, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
                 dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
                 kernel_size, head_dim, value_dim, scale, False, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
                 BY_BOX,

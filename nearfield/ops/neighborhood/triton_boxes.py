@@ -177,19 +177,25 @@ def query_boxes(
 
 
 @jit
+def divided(t, n):
+    """t // n and t % n of numbers below 2**21, by a float32 inverse, which is taken before a loop."""
+    quotient = ((tl.cast(t, tl.float32) + 0.5) * (1.0 / tl.cast(n, tl.float32))).to(tl.int32)
+    return quotient, t - quotient * n
+
+
+@jit
 def whole_box(t, v0, v1, v2, T: tl.constexpr, RANK: tl.constexpr):
     """First positions of the whole box number t."""
     if RANK == 1:
         return v0[0], v1[0], v2[0] + (v2[2] + t) * T[2]
     else:
-        n2 = tl.maximum(v2[3], 1)
-        at2 = v2[0] + (v2[2] + t % n2) * T[2]
+        row, b2 = divided(t, tl.maximum(v2[3], 1))
+        at2 = v2[0] + (v2[2] + b2) * T[2]
         if RANK == 2:
-            return v0[0], v1[0] + (v1[2] + t // n2) * T[1], at2
+            return v0[0], v1[0] + (v1[2] + row) * T[1], at2
         else:
-            n1 = tl.maximum(v1[3], 1)
-            at1 = v1[0] + (v1[2] + t // n2 % n1) * T[1]
-            return v0[0] + (v0[2] + t // n2 // n1) * T[0], at1, at2
+            b0, b1 = divided(row, tl.maximum(v1[3], 1))
+            return v0[0] + (v0[2] + b0) * T[0], v1[0] + (v1[2] + b1) * T[1], at2
 
 
 @jit
@@ -208,25 +214,27 @@ def partial_box(t, v0, v1, v2, T: tl.constexpr, RANK: tl.constexpr):
     if RANK == 1:
         return v0[0], v1[0], v2[0] + beside(t, v2) * T[2]
     else:
-        n2 = tl.maximum(v2[1], 1)
         ends = tl.maximum(v2[1] - v2[3], 1)
+        n2 = tl.maximum(v2[1], 1)
         if RANK == 2:
-            slab = (v1[1] - v1[3]) * v2[1]
-            u = t - slab
-            b1 = tl.where(u < 0, beside(t // n2, v1), v1[2] + u // ends)
-            b2 = tl.where(u < 0, t % n2, beside(u % ends, v2))
+            u = t - (v1[1] - v1[3]) * v2[1]
+            row, b2 = divided(t, n2)
+            deep, end = divided(u, ends)
+            b1 = tl.where(u < 0, beside(row, v1), v1[2] + deep)
+            b2 = tl.where(u < 0, b2, beside(end, v2))
             return v0[0], v1[0] + b1 * T[1], v2[0] + b2 * T[2]
         else:
-            n1 = tl.maximum(v1[1], 1)
-            sides = tl.maximum(v1[1] - v1[3], 1)
-            deep = tl.maximum(v1[3], 1)
             u = t - (v0[1] - v0[3]) * v1[1] * v2[1]
             w = u - v0[3] * (v1[1] - v1[3]) * v2[1]
-            inner = tl.where(w < 0, beside(u // n2 % sides, v1), v1[2] + w // ends % deep)
-            b0 = v0[2] + tl.where(w < 0, u // n2 // sides, w // ends // deep)
-            b0 = tl.where(u < 0, beside(t // n2 // n1, v0), b0)
-            b1 = tl.where(u < 0, t // n2 % n1, inner)
-            b2 = tl.where(u < 0, t % n2, tl.where(w < 0, u % n2, beside(w % ends, v2)))
+            row, b2 = divided(tl.where(u < 0, t, u), n2)
+            deep, end = divided(w, ends)
+            row = tl.where(w < 0, row, deep)
+            b0, b1 = divided(
+                row, tl.maximum(tl.where(u < 0, v1[1], tl.where(w < 0, v1[1] - v1[3], v1[3])), 1)
+            )
+            b1 = tl.where(u < 0, b1, tl.where(w < 0, beside(b1, v1), v1[2] + b1))
+            b0 = tl.where(u < 0, beside(b0, v0), v0[2] + b0)
+            b2 = tl.where(w < 0, b2, beside(end, v2))
             return v0[0] + b0 * T[0], v1[0] + b1 * T[1], v2[0] + b2 * T[2]
 
 

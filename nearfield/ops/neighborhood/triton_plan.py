@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -30,19 +30,23 @@ class Visit(NamedTuple):
 
 
 class Config(NamedTuple):
-    """Tokens of a query box and of a key box, and how a program of the GPU runs."""
+    """Tokens of a query box and of a key box, how a program of the GPU runs, and what a score costs in it.
+
+    Costs are relative to the other configurations of the same problem.
+    """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Sides of the boxes on three axes, and which of the two loops over them a kernel needs.
 
-    `by_box`: whole boxes of what is walked are fetched (sm_90 and later), where their layout allows it.
+    `by_box`: whole boxes of what is walked are fetched, by the hardware of sm_90 and later.
     """
 
     q_tile: Sides
@@ -54,10 +58,10 @@ class Tiling:
     by_box: bool = False
 
 
-# Meant to fit registers and shared memory of sm_80 and later; the first of a pair is for boxes of many
-# queries, the second wastes less on small windows. A static choice: compiled for GPUs, but measured on none.
-# (bytes of an element, widest head_dim) -> configurations
+# (bytes of an element, widest head_dim) -> configurations. Those of two bytes were the fastest on an H200,
+# where small windows waste less on the later ones of a pair; those of four fit registers and shared memory.
 FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
+    (2, 32): (Config(64, 64, 4, 3), Config(32, 32, 2, 2)),
     (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 256): (Config(64, 32, 8, 2),),
@@ -66,6 +70,7 @@ FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
     (4, 256): (Config(16, 16, 4, 1),),
 }
 QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
+    (2, 32): (Config(64, 32, 4, 2), Config(32, 32, 2, 2)),
     (2, 64): (Config(64, 64, 4, 2),),
     (2, 128): (Config(64, 64, 4, 2),),
     (2, 256): (Config(64, 16, 8, 2),),
@@ -74,18 +79,24 @@ QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queri
     (4, 256): (Config(16, 16, 8, 1),),
 }
 KEYS: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of keys and values
+    (2, 32): (Config(32, 64, 4, 2), Config(32, 32, 2, 2)),
     (2, 64): (Config(64, 64, 4, 2),),
-    (2, 128): (Config(32, 64, 8, 2),),
+    (2, 128): (Config(32, 64, 4, 2),),
     (2, 256): (Config(32, 32, 8, 1),),
     (4, 64): (Config(32, 32, 8, 1),),
     (4, 128): (Config(16, 32, 8, 1),),
     (4, 256): (Config(16, 16, 4, 1),),
 }
 TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
+# where whole boxes can be fetched (sm_90 and later) and were faster so
+BOXED: dict[tuple[str, int, int], tuple[Config, ...]] = {
+    ("forward", 2, 128): (Config(128, 128, 8, 3), Config(64, 64, 4, 3, 1.16)),
+    ("queries", 2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2, 1.07)),
+    ("keys", 2, 128): (Config(64, 64, 4, 2),),
+}
 # GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
 OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {}
-MASK = 0.25  # what masking a tile costs of computing it
-SMALL = 1.25  # a score in a tile of fewer than 128 queries costs so much more
+MASK = 0.2  # what masking a tile costs of computing it: 0.15 to 0.3 on an H200
 
 
 def key_boxes(axis: Axis, first: int, last: int, group: int, side: int, *, outside: bool = False) -> Visit:
@@ -145,21 +156,34 @@ def visits(axis: Axis, q_side: int, kv_side: int, first: int, inverse: bool) -> 
 
 def configs(kind: str, item: int, dim: int, arch: int = 90) -> tuple[Config, ...]:
     """What a kernel of `kind` may run as on a GPU of compute capability `arch`; `tiling` chooses."""
-    widest = min(width for size, width in TABLES[kind] if size == item and dim <= width)
+    widest = _widest(kind, item, dim)
     found = TABLES[kind][item, widest]
     return OLDER.get((kind, item, widest), found) if arch < 90 else found
 
 
+def boxed(kind: str, item: int, dim: int, arch: int = 90) -> tuple[Config, ...]:
+    """The same where whole boxes are fetched; empty where rows are as good."""
+    return BOXED.get((kind, item, _widest(kind, item, dim)), ()) if arch >= 90 else ()
+
+
+def _widest(kind: str, item: int, dim: int) -> int:
+    return min(width for size, width in TABLES[kind] if size == item and dim <= width)
+
+
 @lru_cache(maxsize=512)
-def tiling(bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int = 90) -> Tiling:
+def tiling(
+    bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int = 90, has_boxes: bool = False
+) -> Tiling:
     """The boxes in which a kernel of `kind` ("forward", "queries" or "keys") takes grids of one pattern.
 
-    `item` is the size of an element in bytes, `dim` the wider of head_dim and value_dim. Among the sides that
-    are powers of two, those of the least computed area; the largest of the grids decides.
+    `item` is the size of an element in bytes, `dim` the wider of head_dim and value_dim; `has_boxes`: the
+    layout of what is walked allows that whole boxes are fetched. Among the sides that are powers of two,
+    those of the least cost; the largest of the grids decides.
     """
     largest = max(bounds, key=lambda bound: bound.num_keys)
+    by_box = boxed(kind, item, dim, arch) if has_boxes else ()
     costed = [
-        best for config in configs(kind, item, dim, arch) for best in _costed(largest, kind, config)[:1]
+        _costed(largest, kind, config, bool(by_box))[0] for config in by_box or configs(kind, item, dim, arch)
     ]
     return fitted(bounds, min(costed, key=lambda found: found[0])[1], kind)
 
@@ -167,21 +191,21 @@ def tiling(bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int 
 def candidates(
     bound: Bound, kind: str, item: int, dim: int, arch: int = 90, *, most: int = 8
 ) -> tuple[Tiling, ...]:
-    """Boxes worth a measurement, at most so many: first what `tiling` takes, then others by computed area.
+    """Boxes worth a measurement, at most so many: first what `tiling` takes, then others by cost.
 
     Among them are further configurations than the static ones: best sides of each, second best of the static.
     """
-    first = tiling((bound,), kind, item, dim, arch)
-    static = configs(kind, item, dim, arch)
-    ways = dict.fromkeys(near for config in static for near in _near(config, item))
-    costed = [found for way in ways for found in _costed(bound, kind, way)[: 1 + (way in static)]]
-    others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
-    found = list(dict.fromkeys([first, *others]))[:most]
     is_plain = dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes)
-    if item == 2 and arch >= 90 and is_plain:  # each second one by box, the best first
-        pairs = [(tiles, replace(tiles, by_box=True)) for tiles in found]
-        found = list(chain.from_iterable(pairs))[:most]
-    return tuple(found)
+    first = tiling((bound,), kind, item, dim, arch, is_plain)
+    static = [(config, False) for config in configs(kind, item, dim, arch)]
+    if is_plain and arch >= 90 and item == 2:
+        static += [
+            (config, True) for config in boxed(kind, item, dim, arch) or configs(kind, item, dim, arch)
+        ]
+    ways = dict.fromkeys((near, by_box) for config, by_box in static for near in _near(config, item))
+    costed = [found for way in ways for found in _costed(bound, kind, *way)[: 1 + (way in static)]]
+    others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
+    return tuple(dict.fromkeys([first, *others]))[:most]
 
 
 def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
@@ -192,19 +216,19 @@ def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
 
 def _near(config: Config, item: int) -> list[Config]:
     """A configuration and its neighbours: of another depth, other warps, boxes half or twice as long."""
-    rows, columns, warps, stages = config
+    rows, columns, warps, stages, _ = config
     least = 32 if item == 2 else 16
     found = [
         config,
-        *(Config(rows, columns, warps, n) for n in (stages - 1, stages + 1) if 1 <= n <= 4),
-        *(Config(rows, columns, n, stages) for n in (warps // 2, warps * 2) if 4 <= n <= 8),
-        *(Config(n, columns, warps, stages) for n in (rows // 2, rows * 2) if least <= n <= 128),
-        *(Config(rows, n, warps, stages) for n in (columns // 2, columns * 2) if least <= n <= 128),
+        *(config._replace(stages=n) for n in (stages - 1, stages + 1) if 1 <= n <= 4),
+        *(config._replace(warps=n) for n in (warps // 2, warps * 2) if 2 <= n <= 8),
+        *(config._replace(rows=n) for n in (rows // 2, rows * 2) if least <= n <= 128),
+        *(config._replace(columns=n) for n in (columns // 2, columns * 2) if least <= n <= 128),
     ]
     return list(dict.fromkeys(found))
 
 
-def _costed(bound: Bound, kind: str, config: Config) -> list[tuple[float, Tiling]]:
+def _costed(bound: Bound, kind: str, config: Config, by_box: bool) -> list[tuple[float, Tiling]]:
     """Every choice of sides that are powers of two, and its cost in scores; the least first."""
     axes = on_three_axes(bound)
     longest = [_power_above(-(-axis.size // axis.dilation)) for axis in axes]
@@ -212,9 +236,8 @@ def _costed(bound: Bound, kind: str, config: Config) -> list[tuple[float, Tiling
     for q_tile, kv_tile in product(_tiles(config.rows, longest), _tiles(config.columns, longest)):
         pairs = _visits(bound, q_tile, kv_tile, kind == "keys")
         visited, whole = (prod(counts) for counts in zip(*pairs, strict=True))
-        cost = config.rows * config.columns * (visited + MASK * (visited - whole))
-        cost *= SMALL if config.rows < 128 else 1.0
-        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True)))
+        cost = config.cost * config.rows * config.columns * (visited + MASK * (visited - whole))
+        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True, by_box)))
     return sorted(found, key=lambda pair: pair[0])
 
 
