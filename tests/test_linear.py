@@ -101,7 +101,7 @@ def pulled(inputs: dict[str, Tensor], **options: Any) -> list[Tensor]:
     draw = torch.Generator().manual_seed(3)
     loss = output.new_zeros((), dtype=state.dtype)
     for x in (output, state):
-        loss = loss + (torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x.dtype) * x).sum()
+        loss = loss + (torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x) * x).sum()
     return [output, state, *torch.autograd.grad(loss, list(inputs.values()))]
 
 

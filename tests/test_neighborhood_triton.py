@@ -268,7 +268,7 @@ def test_interpreted_kernels_conduct_themselves(python: Python) -> None:
 def by_box() -> dict[str, list[Any]]:
     """Whether tokens were fetched by box, and errors of all results, where Triton interprets."""
     right, described = triton_plan.tiling, triton._Problem.boxes_of
-    triton_plan.tiling = lambda *given: replace(right(*given), by_box=given[-1])
+    triton_plan.tiling = lambda *given: replace(right(*given), way=given[-1])
     asked: list[Any] = []
     triton._Problem.boxes_of = lambda self, *given: (asked.append(given), described(self, *given))[1]
     found: dict[str, list[Any]] = {}
@@ -507,13 +507,20 @@ def built(name: str, arch: int, dim: int, dtype: str, config: Config, **flags: A
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": config.warps, "num_stages": config.stages},
     )
+    return made, spilled_bytes(made)
+
+
+def spilled_bytes(made: Any) -> int:
+    """How many bytes of registers a compiled kernel spills."""
+    import triton as compiler
+
     tool = Path(compiler.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
         command = [tool, "--dump-resource-usage", cubin]
         told = subprocess.run(command, capture_output=True, text=True, check=True)
-    return made, int(re.findall(r"STACK:(\d+)", told.stdout)[-1])
+    return int(re.findall(r"STACK:(\d+)", told.stdout)[-1])
 
 
 POINTERS = {
@@ -668,11 +675,11 @@ def test_on_a_gpu_boxes_fetched_by_the_hardware_are_the_same(name: str) -> None:
     tensors, options = case.inputs(torch.bfloat16)
     given = {n: x.cuda() for n, x in options.items()}
     results = []
-    for by_box in (False, True):
+    for way in ("rows", "boxes"):
         inputs = [x.cuda().requires_grad_() for x in tensors]
         bound = case.geometry.on(case.grid)
         tiles = {
-            kind: replace(triton_plan.tiling((bound,), kind, 2, max(case.dim, case.dv)), by_box=by_box)
+            kind: replace(triton_plan.tiling((bound,), kind, 2, max(case.dim, case.dv)), way=way)
             for kind in triton_plan.TABLES
         }
         with tuned.trying(tiles):

@@ -25,6 +25,7 @@ from nearfield.ops.neighborhood.triton_boxes import (
     whole_box,
     windows,
 )
+from nearfield.ops.neighborhood.triton_plan import Tiling
 
 try:
     from triton.experimental import gluon
@@ -60,6 +61,8 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 LOG2E = 1.4426950408889634
+# Registers of a thread at launch, then of the warp that fetches and of those that compute.
+REGISTERS, FEW, MANY = 168, 24, 240
 
 
 @jit
@@ -200,17 +203,15 @@ def soften(scores, top, total, scale, start, end, at, lane, MASKED: gl.constexpr
 @jit
 def absorb(
     acc, p, top, total, turn, at, q, memory, barriers, scale, start, end, lane,
-    HALF: gl.constexpr, MASKED: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
+    HALF: gl.constexpr, MASKED: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
     """One key box more: its scores beside the values of the box before it, of which `p` are the weights."""
     _, k_boxes, v_boxes = memory
     _, k_full, k_empty, v_full, v_empty, orders = barriers
-    if ORDERED:  # the groups begin their products in turn
-        mbarrier.wait(orders.index(HALF), (turn & 1) ^ (1 - HALF))
+    mbarrier.wait(orders.index(HALF), (turn & 1) ^ (1 - HALF))  # the groups begin their products in turn
     scores = scores_of(q, k_boxes, k_full, turn)
     acc = values_of(p, v_boxes, v_full, turn - 1, acc)
-    if ORDERED:
-        mbarrier.arrive(orders.index(1 - HALF))
+    mbarrier.arrive(orders.index(1 - HALF))
     scores = warpgroup_mma_wait(1, deps=[scores])
     leave(k_boxes, k_empty, turn)
     weights, top, total, shrink = soften(scores, top, total, scale, start, end, at, lane, MASKED, RANK)
@@ -227,12 +228,12 @@ def absorb(
 def consume(
     descriptors, memory, barriers, place, visited, pattern, lse, scale, heads,
     HALF: gl.constexpr, TQ: gl.constexpr, TH: gl.constexpr, TK: gl.constexpr, D: gl.constexpr,
-    CAUSAL: gl.constexpr, SHIFT: gl.constexpr, RANK: gl.constexpr, ORDERED: gl.constexpr,
+    CAUSAL: gl.constexpr, SHIFT: gl.constexpr, RANK: gl.constexpr,
 ):  # fmt: skip
     """Four warps: the output of half of the queries."""
     out = descriptors[3]
     q_boxes, k_boxes, v_boxes = memory
-    q_full, k_full, k_empty, _, _, _ = barriers
+    q_full, k_full, k_empty, v_full, _, orders = barriers
     batch, head, _, q_at, first_query = place
     boxes, partial, v0, v1, v2 = visited
     length, kernel_size, stride, offset = pattern
@@ -256,11 +257,9 @@ def consume(
     total = gl.zeros([ROWS], gl.float32, row)
     acc = gl.zeros([ROWS, D], gl.float32, by_channel)
     mbarrier.wait(q_full, 0)
-    if ORDERED:
-        mbarrier.wait(barriers[5].index(HALF), 1 - HALF)
+    mbarrier.wait(orders.index(HALF), 1 - HALF)
     scores = scores_of(q, k_boxes, k_full, 0)
-    if ORDERED:
-        mbarrier.arrive(barriers[5].index(1 - HALF))
+    mbarrier.arrive(orders.index(1 - HALF))
     scores = warpgroup_mma_wait(0, deps=[scores])
     leave(k_boxes, k_empty, 0)
     at = first_box(visited, TK, RANK)
@@ -270,14 +269,14 @@ def consume(
         at = partial_box(t, v0, v1, v2, TK, RANK)
         acc, p, top, total = absorb(
             acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane,
-            HALF, True, RANK, ORDERED,
+            HALF, True, RANK,
         )  # fmt: skip
     for t in range(gl.maximum(partial, 1), boxes):
         acc, p, top, total = absorb(
             acc, p, top, total, t, at, q, memory, barriers, scale, start, end, lane,
-            HALF, False, RANK, ORDERED,
+            HALF, False, RANK,
         )  # fmt: skip
-    acc = values_of(p, v_boxes, barriers[3], boxes - 1, acc)
+    acc = values_of(p, v_boxes, v_full, boxes - 1, acc)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
     whole = gl.where(total == 0.0, 1.0, total)
@@ -298,7 +297,7 @@ def consume(
 def forward(
     query, key, value, out, lse, grid, kernel_size, stride, offset, boxes, heads, group_size, scale,
     TQ: gl.constexpr, TH: gl.constexpr, TK: gl.constexpr, CAUSAL: gl.constexpr, BORDER: gl.constexpr,
-    D: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    D: gl.constexpr, RANK: gl.constexpr, STAGES: gl.constexpr,
     FEW: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a query box, all tensors given by descriptors but the last.
@@ -353,14 +352,14 @@ def forward(
                 consume,
                 (
                     descriptors, memory, barriers, place, visited, pattern, lse, scale, heads,
-                    0, TQ, TH, TK, D, CAUSAL, SHIFT, RANK, ORDERED,
+                    0, TQ, TH, TK, D, CAUSAL, SHIFT, RANK,
                 ),
             ),
             (
                 consume,
                 (
                     descriptors, memory, barriers, place, visited, pattern, lse, scale, heads,
-                    1, TQ, TH, TK, D, CAUSAL, SHIFT, RANK, ORDERED,
+                    1, TQ, TH, TK, D, CAUSAL, SHIFT, RANK,
                 ),
             ),
             (produce, (descriptors, memory, barriers, place, visited, TQ, TH, TK, D, RANK)),
@@ -376,52 +375,28 @@ def halved(sides: Sequence[int]) -> tuple[int, ...]:
     return tuple(side // 2 if i == axis else side for i, side in enumerate(sides))
 
 
-def arguments(
-    problem: Any,
-    out: Any,
-    lse: Any,
-    q_tile: Sequence[int],
-    kv_tile: Sequence[int],
-    *,
-    stages: int = 2,
-    ordered: bool = True,
-    few: int = 24,
-    many: int = 240,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How many programs to run on a `triton._Problem`, and what to give to `forward`.
+def launch(problem: Any, out: Any, lse: Any, tiles: Tiling) -> None:
+    """Set contiguous `out` and `lse` to the results of a `triton._Problem`.
 
-    Descriptors must be able to hold all tensors (`has_boxes`); `out` and `lse` are contiguous. `q_tile` holds
-    128 queries, `kv_tile` 64 or 128 keys, in powers of two. `few` and twice `many` are at most 504 registers
-    in all, each a multiple of 8.
+    Descriptors must be able to hold all tensors. A query box holds 128 queries, a key box 64 or 128 keys.
     """
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     layout = gl.NVMMASharedLayout(128, 16, 5)
-    half = halved(q_tile)
+    half = halved(tiles.q_tile)
 
     def described(x: Any, sides: Sequence[int]) -> Any:
         found = problem.boxes_of(x, tuple(sides))
         return TensorDescriptor(found.base, found.shape, found.strides, found.block_shape, layout)
 
-    boxes, _ = problem.boxes(q_tile, True)
+    boxes, _ = problem.boxes(tiles.q_tile, True)
     settings = problem.settings()
     grid, kernel_size, stride, _, offset = problem.pattern()
-    given = (
-        described(problem.query, half), described(problem.key, kv_tile), described(problem.value, kv_tile),
-        described(out, half), lse, grid, kernel_size, stride, offset, boxes, problem.heads,
-        problem.heads // problem.kv_heads, problem.scale * LOG2E,
+    forward[(boxes * problem.heads * problem.batch,)](
+        described(problem.query, half), described(problem.key, tiles.kv_tile),
+        described(problem.value, tiles.kv_tile), described(out, half), lse, grid, kernel_size, stride, offset,
+        boxes, problem.heads, problem.heads // problem.kv_heads, problem.scale * LOG2E,
+        TQ=tiles.q_tile, TH=half, TK=tiles.kv_tile, CAUSAL=settings["CAUSAL"], BORDER=settings["BORDER"],
+        D=settings["D"], RANK=len(problem.bounds[0].axes), STAGES=tiles.stages, FEW=FEW, MANY=MANY,
+        num_warps=tiles.warps, maxnreg=REGISTERS,
     )  # fmt: skip
-    constants = {
-        "TQ": tuple(q_tile), "TH": half, "TK": tuple(kv_tile), "CAUSAL": settings["CAUSAL"],
-        "BORDER": settings["BORDER"], "D": settings["D"], "RANK": len(problem.bounds[0].axes),
-        "STAGES": stages, "ORDERED": ordered, "FEW": few, "MANY": many, "num_warps": 4, "maxnreg": 168,
-    }  # fmt: skip
-    return boxes * problem.heads * problem.batch, given, constants
-
-
-def launch(
-    problem: Any, out: Any, lse: Any, q_tile: Sequence[int], kv_tile: Sequence[int], **how: Any
-) -> None:
-    """Set `out` and `lse`, as `arguments` says."""
-    programs, given, constants = arguments(problem, out, lse, q_tile, kv_tile, **how)
-    forward[(programs,)](*given, **constants)

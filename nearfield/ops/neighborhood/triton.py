@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfield.ops.neighborhood import operator, triton_backward, triton_forward, triton_plan, tuned
+from nearfield.ops.neighborhood import (
+    gluon_forward,
+    operator,
+    triton_backward,
+    triton_forward,
+    triton_plan,
+    tuned,
+)
 from nearfield.ops.neighborhood.geometry import Bound, Neighborhood
 from nearfield.ops.neighborhood.operator import NUM_TENSORS
-from nearfield.ops.neighborhood.triton_plan import Sides, Tiling
+from nearfield.ops.neighborhood.triton_plan import Sides, Tiling, Way
 
 NAME = "nearfield::triton_attention"
 FORWARD, BACKWARD = operator.schemas()
@@ -245,23 +252,34 @@ class _Problem:
 
     def tiling(self, kind: str, *walked: Tensor) -> Tiling:
         """The boxes in which a kernel goes over this problem, of which it walks these tensors."""
-        major, minor = (9, 0)
-        if self.query.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.query.device)
-        has_boxes = self.has_boxes(*walked)
+        way = self.way(kind, *walked)
         problem = (self.bounds, kind, self.query.element_size(), max(self.dims))
         measured = tuned.tiles(*problem, tuned.device_name(self.query.device))
-        if measured is None or (measured.by_box and not has_boxes):
-            return triton_plan.tiling(*problem, 10 * major + minor, has_boxes)
+        if measured is None or triton_plan.WAYS.index(measured.way) > triton_plan.WAYS.index(way):
+            return triton_plan.tiling(*problem, self.arch(), way)
         return measured
+
+    def arch(self) -> int:
+        """Ten times the compute capability; where Triton interprets, that of a GPU with all we know of."""
+        if self.query.device.type != "cuda":
+            return 90
+        major, minor = torch.cuda.get_device_capability(self.query.device)
+        return 10 * major + minor
+
+    def way(self, kind: str, *walked: Tensor) -> Way:
+        """The most that the options and the layout of what is walked allow."""
+        if not self.has_boxes(*walked):
+            return "rows"
+        is_bare = self.more is None and self.sink_logits is None and self.bounds[0].pattern.border != "pad"
+        if kind != "forward" or not is_bare or not self.query.is_cuda or gluon_forward.gluon is None:
+            return "boxes"
+        return "groups" if self.dims[0] == self.dims[1] and self.has_boxes(self.query) else "boxes"
 
     def has_boxes(self, *tensors: Tensor) -> bool:
         """Whether descriptors can hold these, of which only tokens beyond the grid are left out."""
-        if self.is_packed or any(axis.dilation > 1 for axis in self.axes):
+        if self.is_packed or any(axis.dilation > 1 for axis in self.axes) or self.arch() < 90:
             return False
         if self.key_mask is not None or self.bias is not None:  # a bias would want shared memory, too
-            return False
-        if self.key.device.type == "cuda" and torch.cuda.get_device_capability(self.key.device)[0] < 9:
             return False
         for x in tensors:
             dim, item = x.shape[-1], x.element_size()
@@ -358,12 +376,17 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     if not lse.numel():
         return out, lse
     tiles = problem.tiling("forward", k, v)
+    if tiles.way == "groups":
+        with torch.cuda.device_of(q):
+            gluon_forward.launch(problem, out, lse, tiles)
+        return out, lse
     boxes, work = problem.boxes(tiles.q_tile, True)
     extra, extra_strides = problem.extras()
     pattern = problem.bounds[0].pattern
     outside = pattern.border == "pad" and problem.bias is not None
     masked = problem.key_mask is not None or outside
-    keys, values = (problem.boxes_of(x, tiles.kv_tile) if tiles.by_box else x for x in (k, v))
+    by_box = tiles.way == "boxes"
+    keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
     with torch.cuda.device_of(q):
         triton_forward.forward[(boxes * problem.heads * (1 if problem.is_packed else problem.batch),)](
             q, keys, values, *extra,
@@ -375,7 +398,7 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
             HAS_MASK=problem.key_mask is not None, HAS_BIAS=problem.bias is not None,
             HAS_SINK=problem.sink_logits is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, BY_BOX=tiles.by_box, **problem.shape(tiles),
+            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles),
             **problem.settings(),
         )  # fmt: skip
     return out, lse
@@ -410,7 +433,8 @@ def _run_backward(
     with torch.cuda.device_of(q):
         tiles = problem.tiling("queries", k, v)
         boxes, work = problem.boxes(tiles.q_tile, True)
-        fetched = (problem.boxes_of(x, tiles.kv_tile) if tiles.by_box else x for x in (k, v))
+        by_box = tiles.way == "boxes"
+        fetched = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
         triton_backward.query_gradients[(boxes * problem.heads * batches,)](
             q, *fetched, *extra, bias, key_mask, grad, _or(grad_lse, lse), out, lse, level, less, dq, work,
             problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v, grad)), *extra_strides,
@@ -418,17 +442,18 @@ def _run_backward(
             BM=prod(tiles.q_tile), BL=prod(tiles.kv_tile),
             HAS_GRAD_LSE=grad_lse is not None, HAS_MORE=problem.more is not None,
             HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, BY_BOX=tiles.by_box, **problem.shape(tiles, grad), **has,
+            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles, grad), **has,
             **problem.settings(),
         )  # fmt: skip
         tiles = problem.tiling("keys", q, grad)
         boxes, work = problem.boxes(tiles.kv_tile, False)
-        queries, grads = (problem.boxes_of(x, tiles.q_tile) if tiles.by_box else x for x in (q, grad))
+        by_box = tiles.way == "boxes"
+        queries, grads = (problem.boxes_of(x, tiles.q_tile) if by_box else x for x in (q, grad))
         triton_backward.key_gradients[(boxes * problem.kv_heads * batches,)](
             queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(),
             *problem.pattern(), *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size,
             *problem.dims, scale, BN=prod(tiles.kv_tile), PARTIAL=tiles.partial, WHOLE=tiles.whole,
-            BY_BOX=tiles.by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
+            BY_BOX=by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
         )  # fmt: skip
         if problem.more is not None:
             _extra_gradients(problem, grad, level, less, dk, dv, more)

@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from nearfield.ops.neighborhood.geometry import Axis, Bound
 
+# How boxes that are walked reach a kernel: row by row; as a whole, by the hardware of sm_90 and later; or so
+# and by warps of their own, apart from the groups of warps that compute (sm_90, gluon_forward.py).
+Way = Literal["rows", "boxes", "groups"]
+WAYS: tuple[Way, ...] = ("rows", "boxes", "groups")
 RANK = 3  # axes of a kernel; a grid that has fewer gets sides of 1 in front
 Sides = tuple[int, ...]
 
@@ -44,10 +48,7 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sides of the boxes on three axes, and which of the two loops over them a kernel needs.
-
-    `by_box`: whole boxes of what is walked are fetched, by the hardware of sm_90 and later.
-    """
+    """Sides of boxes on three axes, which of the two loops over them a kernel needs, and how it is fed."""
 
     q_tile: Sides
     kv_tile: Sides
@@ -55,7 +56,7 @@ class Tiling:
     stages: int
     partial: bool
     whole: bool
-    by_box: bool = False
+    way: Way = "rows"
 
 
 # (bytes of an element, widest head_dim) -> configurations. Those of two bytes were the fastest on an H200,
@@ -88,11 +89,22 @@ KEYS: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of keys and val
     (4, 256): (Config(16, 16, 4, 1),),
 }
 TABLES = {"forward": FORWARD, "queries": QUERIES, "keys": KEYS}
-# where whole boxes can be fetched (sm_90 and later) and were faster so
+# where whole boxes can be fetched and were faster so: forward, gradients of queries, gradients of keys
 BOXED: dict[tuple[str, int, int], tuple[Config, ...]] = {
+    ("forward", 2, 64): (Config(64, 64, 4, 4),),
     ("forward", 2, 128): (Config(128, 128, 8, 3), Config(64, 64, 4, 3, 1.16)),
+    ("forward", 2, 256): (Config(128, 64, 8, 2), Config(64, 32, 4, 2, 1.2)),
+    ("queries", 2, 64): (Config(64, 64, 4, 3),),
     ("queries", 2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 2, 1.07)),
-    ("keys", 2, 128): (Config(64, 64, 4, 2),),
+    ("queries", 2, 256): (Config(64, 32, 4, 1),),
+    ("keys", 2, 64): (Config(128, 64, 4, 2),),
+    ("keys", 2, 128): (Config(64, 64, 4, 2), Config(32, 64, 4, 2, 1.15)),
+    ("keys", 2, 256): (Config(32, 64, 8, 2),),
+}
+# by (bytes of an element, head_dim), for plain patterns alone
+GROUPS: dict[tuple[int, int], tuple[Config, ...]] = {
+    (2, 64): (Config(128, 128, 4, 2, 0.9),),
+    (2, 128): (Config(128, 128, 4, 2, 0.77),),
 }
 # GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
 OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {}
@@ -154,37 +166,33 @@ def visits(axis: Axis, q_side: int, kv_side: int, first: int, inverse: bool) -> 
     return visited, whole
 
 
-def configs(kind: str, item: int, dim: int, arch: int = 90) -> tuple[Config, ...]:
+def configs(kind: str, item: int, dim: int, arch: int = 90, way: Way = "rows") -> tuple[Config, ...]:
     """What a kernel of `kind` may run as on a GPU of compute capability `arch`; `tiling` chooses."""
-    widest = _widest(kind, item, dim)
+    if way == "groups":
+        return GROUPS.get((item, dim), ()) if kind == "forward" and arch == 90 else ()
+    widest = min(width for size, width in TABLES[kind] if size == item and dim <= width)
+    if way == "boxes":
+        return BOXED.get((kind, item, widest), ()) if arch >= 90 else ()
     found = TABLES[kind][item, widest]
     return OLDER.get((kind, item, widest), found) if arch < 90 else found
 
 
-def boxed(kind: str, item: int, dim: int, arch: int = 90) -> tuple[Config, ...]:
-    """The same where whole boxes are fetched; empty where rows are as good."""
-    return BOXED.get((kind, item, _widest(kind, item, dim)), ()) if arch >= 90 else ()
-
-
-def _widest(kind: str, item: int, dim: int) -> int:
-    return min(width for size, width in TABLES[kind] if size == item and dim <= width)
-
-
 @lru_cache(maxsize=512)
 def tiling(
-    bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int = 90, has_boxes: bool = False
+    bounds: tuple[Bound, ...], kind: str, item: int, dim: int, arch: int = 90, way: Way = "rows"
 ) -> Tiling:
     """The boxes in which a kernel of `kind` ("forward", "queries" or "keys") takes grids of one pattern.
 
-    `item` is the size of an element in bytes, `dim` the wider of head_dim and value_dim; `has_boxes`: the
-    layout of what is walked allows that whole boxes are fetched. Among the sides that are powers of two,
-    those of the least cost; the largest of the grids decides.
+    `item` is the size of an element in bytes, `dim` the wider of head_dim and value_dim; `way` the most that
+    options and layout allow. Among the sides that are powers of two, those of the least cost; the largest of
+    the grids decides.
     """
     largest = max(bounds, key=lambda bound: bound.num_keys)
-    by_box = boxed(kind, item, dim, arch) if has_boxes else ()
-    costed = [
-        _costed(largest, kind, config, bool(by_box))[0] for config in by_box or configs(kind, item, dim, arch)
+    ways = [
+        (config, w) for w in WAYS[1 : WAYS.index(way) + 1] for config in configs(kind, item, dim, arch, w)
     ]
+    ways = ways or [(config, "rows") for config in configs(kind, item, dim, arch)]
+    costed = [_costed(largest, kind, config, w)[0] for config, w in ways]
     return fitted(bounds, min(costed, key=lambda found: found[0])[1], kind)
 
 
@@ -195,14 +203,17 @@ def candidates(
 
     Among them are further configurations than the static ones: best sides of each, second best of the static.
     """
-    is_plain = dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes)
-    first = tiling((bound,), kind, item, dim, arch, is_plain)
-    static = [(config, False) for config in configs(kind, item, dim, arch)]
-    if is_plain and arch >= 90 and item == 2:
-        static += [
-            (config, True) for config in boxed(kind, item, dim, arch) or configs(kind, item, dim, arch)
-        ]
-    ways = dict.fromkeys((near, by_box) for config, by_box in static for near in _near(config, item))
+    most_way: Way = "rows"
+    if dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes):
+        is_simple = bound.pattern.border != "pad" and not bound.pattern.num_sinks
+        most_way = "groups" if is_simple else "boxes"
+    first = tiling((bound,), kind, item, dim, arch, most_way)
+    static = [
+        (config, way)
+        for way in WAYS[: WAYS.index(most_way) + 1]
+        for config in configs(kind, item, dim, arch, way)
+    ]
+    ways = dict.fromkeys((near, way) for config, way in static for near in _near(config, item, way))
     costed = [found for way in ways for found in _costed(bound, kind, *way)[: 1 + (way in static)]]
     others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
     return tuple(dict.fromkeys([first, *others]))[:most]
@@ -214,9 +225,11 @@ def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
     return replace(tiles, partial=partial, whole=whole)
 
 
-def _near(config: Config, item: int) -> list[Config]:
+def _near(config: Config, item: int, way: Way) -> list[Config]:
     """A configuration and its neighbours: of another depth, other warps, boxes half or twice as long."""
     rows, columns, warps, stages, _ = config
+    if way == "groups":
+        return [config, config._replace(stages=stages + 1)]
     least = 32 if item == 2 else 16
     found = [
         config,
@@ -228,7 +241,7 @@ def _near(config: Config, item: int) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-def _costed(bound: Bound, kind: str, config: Config, by_box: bool) -> list[tuple[float, Tiling]]:
+def _costed(bound: Bound, kind: str, config: Config, way: Way) -> list[tuple[float, Tiling]]:
     """Every choice of sides that are powers of two, and its cost in scores; the least first."""
     axes = on_three_axes(bound)
     longest = [_power_above(-(-axis.size // axis.dilation)) for axis in axes]
@@ -237,7 +250,7 @@ def _costed(bound: Bound, kind: str, config: Config, by_box: bool) -> list[tuple
         pairs = _visits(bound, q_tile, kv_tile, kind == "keys")
         visited, whole = (prod(counts) for counts in zip(*pairs, strict=True))
         cost = config.cost * config.rows * config.columns * (visited + MASK * (visited - whole))
-        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True, by_box)))
+        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True, way)))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -26,7 +26,7 @@ from nearfield.ops.neighborhood import triton_plan
 from nearfield.ops.neighborhood.geometry import Bound
 from nearfield.ops.neighborhood.triton_plan import RANK, Tiling
 
-KERNELS = ("triton_boxes.py", "triton_forward.py", "triton_backward.py")
+KERNELS = ("triton_boxes.py", "triton_forward.py", "triton_backward.py", "gluon_forward.py")
 WARPS, STAGES, AREA = (1, 2, 4, 8, 16), range(1, 9), range(1, 257)
 
 
@@ -165,7 +165,7 @@ def store(device_name: str, found: Measured) -> Path:
 
 
 def _as_json(tiling: Tiling) -> dict[str, Any]:
-    return {name: getattr(tiling, name) for name in ("q_tile", "kv_tile", "warps", "stages", "by_box")}
+    return {name: getattr(tiling, name) for name in ("q_tile", "kv_tile", "warps", "stages", "way")}
 
 
 def _understood(document: Any, device_name: str) -> Measured:
@@ -181,13 +181,13 @@ def _understood(document: Any, device_name: str) -> Measured:
     return Measured(found, executors)
 
 
-def _tiling(q_tile: list[int], kv_tile: list[int], warps: int, stages: int, by_box: bool) -> Tiling:
+def _tiling(q_tile: list[int], kv_tile: list[int], warps: int, stages: int, way: Any) -> Tiling:
     for sides in (q_tile, kv_tile):
         are_powers = len(sides) == RANK and all(type(n) is int and n > 0 and not n & (n - 1) for n in sides)
         if not are_powers or prod(sides) not in AREA:
             raise ValueError(f"sides of a box are {sides}")
     if type(warps) is not int or warps not in WARPS or type(stages) is not int or stages not in STAGES:
         raise ValueError(f"warps and stages are {warps} and {stages}")
-    if type(by_box) is not bool:
-        raise ValueError(f"by_box is {by_box}")
-    return Tiling(tuple(q_tile), tuple(kv_tile), warps, stages, True, True, by_box)
+    if way not in triton_plan.WAYS:
+        raise ValueError(f"way is {way}")
+    return Tiling(tuple(q_tile), tuple(kv_tile), warps, stages, True, True, way)

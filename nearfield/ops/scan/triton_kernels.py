@@ -177,7 +177,7 @@ def scan_kernel(
         if HAS_Z:
             gate = tile(z, z_batch, z_token, batch, token, inside, channels, present)
             y *= gate * sigmoid(gate)
-        save_tile(out, y, T.to(tl.int64) * C, C, batch, token, inside, channels, present)
+        save_tile(out, y, tl.cast(T, tl.int64) * C, C, batch, token, inside, channels, present)
     save_table(final, h, tl.program_id(1).to(tl.int64), channels, present, states, N, C)
 
 
@@ -265,10 +265,10 @@ def scan_backward_kernel(
         if HAS_Z:
             s = sigmoid(gate)
             grad_gate = pull * y * s * (1.0 + gate * (1.0 - s))
-            save_tile(grad_z, grad_gate, T.to(tl.int64) * C, C, batch, token, inside, channels, present)
+            save_tile(grad_z, grad_gate, tl.cast(T, tl.int64) * C, C, batch, token, inside, channels, present)
         grad_u = to_input * step + gated * skip[None, :]
-        save_tile(grad_x, grad_u, T.to(tl.int64) * C, C, batch, token, inside, channels, present)
-        save_tile(grad_dt, to_step, T.to(tl.int64) * C, C, batch, token, inside, channels, present)
+        save_tile(grad_x, grad_u, tl.cast(T, tl.int64) * C, C, batch, token, inside, channels, present)
+        save_tile(grad_dt, to_step, tl.cast(T, tl.int64) * C, C, batch, token, inside, channels, present)
         skip_sum += tl.sum(gated * u, 0)
         bias_sum += tl.sum(tl.where(inside[:, None], to_step, 0.0), 0)
     save_table(grad_initial, carried, sequence, channels, present, states, N, C)
