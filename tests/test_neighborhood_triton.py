@@ -505,7 +505,7 @@ def built(name: str, arch: int, dim: int, dtype: str, config: Config, **flags: A
     made = compiler.compile(
         source(name, dim, dtype, (config, SQUARE[config.rows], SQUARE[config.columns]), **flags),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers},
     )
     return made, spilled_bytes(made)
 
@@ -530,21 +530,33 @@ SQUARE = {16: (1, 4, 4), 32: (1, 4, 8), 64: (1, 8, 8), 128: (1, 8, 16)}
 SMEM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-# A product in float32, without matrix units, holds whole rows of both operands in registers.
-SPILLED = {("query_gradients", 128, "fp32"): 24, ("query_gradients", 256, "fp32"): 320}
+# Bytes with which a kernel was measured to be faster on a GPU than any that spills nothing; a product in
+# float32, without matrix units, holds whole rows of both operands in registers.
+SPILLED = {
+    ("query_gradients", 128, "fp32"): 24,
+    ("query_gradients", 256, "fp32"): 328,
+    ("query_gradients", 128, "rows"): 16,
+    ("query_gradients", 256, "boxes"): 320,
+    ("key_gradients", 64, "boxes"): 304,
+    ("key_gradients", 128, "rows"): 80,
+    ("key_gradients", 128, "boxes"): 176,
+    ("key_gradients", 256, "boxes"): 208,
+    ("forward", 256, "boxes"): 24,
+}
 
 
 def check_compiled(name: str, arch: int, dim: int, dtype: str, config: Config, **flags: Any) -> Any:
     """It compiles, fits, spills (nearly) nothing, has no atomics and uses the matrix units of its GPU."""
     made, spilled = built(name, arch, dim, dtype, config, **flags)
     ptx = made.asm["ptx"]
-    allowed = SPILLED.get((name, dim, dtype), 0 if arch >= 90 else 128)
+    what = dtype if dtype == "fp32" else "boxes" if flags.get("BY_BOX") else "rows"
+    allowed = max(SPILLED.get((name, dim, what), 0), 0 if arch >= 90 else 128)
     assert spilled <= allowed, f"{spilled} bytes spilled"
     assert made.metadata.shared <= SMEM[arch]
     assert not re.search(r"\b(atom|red)\.global", ptx)
     if dtype == "fp32":
         assert "tf32" not in ptx
-    elif arch == 90 and (name, dim) != ("key_gradients", 256):  # whose boxes of 64 keys would spill
+    elif arch == 90 and max(config.rows, config.columns) >= 64:
         assert "wgmma.mma_async" in ptx
     return made
 
@@ -560,7 +572,7 @@ def test_kernels_compile_for_hopper(name: str, dim: int) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_boxes_are_fetched_by_the_hardware_of_hopper() -> None:
-    made = check_compiled("forward", 90, 128, "bf16", triton_plan.FORWARD[2, 128][0], BY_BOX=True)
+    made = check_compiled("forward", 90, 128, "bf16", triton_plan.BOXED["forward", 2, 128][0], BY_BOX=True)
     assert "cp.async.bulk.tensor.5d" in made.asm["ptx"]
 
 
@@ -569,6 +581,8 @@ VARIANTS = [  # kernel, compute capability, channels, dtype
     ("forward", 100, 128, "bf16"),
     ("query_gradients", 90, 128, "fp16"),
     ("key_gradients", 90, 128, "bf16"),
+    ("forward", 90, 32, "bf16"),
+    ("key_gradients", 90, 64, "bf16"),
     ("forward", 90, 256, "bf16"),
     ("query_gradients", 90, 256, "bf16"),
     ("key_gradients", 90, 256, "bf16"),
@@ -584,8 +598,9 @@ VARIANTS = [  # kernel, compute capability, channels, dtype
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("name", "arch", "dim", "dtype"), VARIANTS)
 def test_configurations_fit_their_gpus(name: str, arch: int, dim: int, dtype: str) -> None:
-    for config in triton_plan.configs(KERNELS[name], 4 if dtype == "fp32" else 2, dim, arch):
-        check_compiled(name, arch, dim, dtype, config)
+    for way in ("rows", "boxes"):
+        for config in triton_plan.configs(KERNELS[name], 4 if dtype == "fp32" else 2, dim, arch, way):
+            check_compiled(name, arch, dim, dtype, config, BY_BOX=way == "boxes")
 
 
 class Understood(Exception):

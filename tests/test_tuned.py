@@ -51,7 +51,8 @@ def test_candidates_are_few_and_begin_with_the_static_choice(
     bound: Any, kind: str, item: int, dim: int
 ) -> None:
     found = triton_plan.candidates(bound, kind, item, dim)
-    assert found[0] == triton_plan.tiling((bound,), kind, item, dim)
+    way = triton_plan.way_of(bound, dim)
+    assert found[0] == triton_plan.tiling((bound,), kind, item, dim, 90, way)
     assert 2 <= len(found) == len(set(found)) <= 8
     assert len({(c.warps, c.stages) for c in found}) > 1
     for c in found:
@@ -317,7 +318,7 @@ def tuning(folder: str) -> dict[str, Any]:
     """What a tuning finds where Triton interprets, and which boxes a later call takes."""
     os.environ["XDG_CACHE_HOME"] = folder
     smaller = Config(4, 8, 4, 1)
-    triton_plan._near = lambda config, item: [config, smaller]  # the interpreter is slow
+    triton_plan._near = lambda config, item, way: [config, smaller]  # the interpreter is slow
     case = Case("two boxes", (9,), Neighborhood(5), 1, 16)
     bench_tune.CASES, bench_tune.EXECUTORS = (case,), ("triton",)
     result = bench_tune.tune(

@@ -34,11 +34,12 @@ class Rival:
     """One other way to compute a case.
 
     `build(case, like)` gives the function to time and is not timed itself; several by name are all tried and
-    the fastest stands for them. `setup` is what a new geometry costs it, timed apart. `rate` is a low guess
-    of its speed as a share of GEMM, on dense FLOPs (`is_dense`) or useful ones; with the two estimates of
-    memory, for a case and an element size, it decides how many heads fit the bounds. `has_kernels`: on a GPU
-    it skips what is not seen, at `GPU_RATE`, and keeps no scores. `is_same` says that it computes the very
-    same function, which is then checked. `devices` are those where it stands in the table unasked.
+    the fastest stands for them. `setup` is what a new geometry costs it, part of a forward's time on a GPU.
+    `rate` is a low guess of its speed as a share of GEMM, on dense FLOPs (`is_dense`) or useful ones; with
+    the two estimates of memory, for a case and an element size, it decides how many heads fit the bounds.
+    `has_kernels`: on a GPU it skips what is not seen, at `GPU_RATE`, and keeps no scores. `is_same` says that
+    it computes the very same function, which is then checked. `devices` are those where it stands in the
+    table unasked.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class RivalRow:
-    """A rival's timing on a row, with what a reader must know about it."""
+    """A rival's timing on a row, with what a reader must know about it; `seconds` hold `setup_seconds`."""
 
     seconds: float
     note: str | None = None
@@ -218,12 +219,13 @@ def measure(
         raise reason
     variant = min(found, key=lambda name: found[name].seconds)
     setup_seconds = None
-    if rival.setup is not None and device == "cuda":
+    if rival.setup is not None and device == "cuda" and direction == "forward":
         setup = rival.setup
         setup_seconds = timed(lambda: setup(case, ours), device, budget=budget, least=1).seconds
     scaled = case.num_heads / heads
     note = f"timed on {heads} of {case.num_heads} heads, scaled" if heads < case.num_heads else None
-    return RivalRow(found[variant].seconds * scaled, note, compile_seconds, setup_seconds, variant)
+    seconds = found[variant].seconds * scaled + (setup_seconds or 0.0)
+    return RivalRow(seconds, note, compile_seconds, setup_seconds, variant)
 
 
 def _unfit(error: Exception) -> Unfit:

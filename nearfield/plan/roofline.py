@@ -83,10 +83,10 @@ KERNELS = {
     "flash gradients": Kernel(0.76, 0.0, 1.0),  # 590; 316 at 43 % on two axes, 201 at 66 % on three
     "natten": Kernel(0.91, 0.85),  # published for an H100: 628 to 651; 433 at 50 %, 380 at 83 %
 }
-# Seconds of a whole GPU that a program costs beside its tiles: 56 x 56, window 7 x 7, 32 channels, 64 pictures
-# of 4 heads are 25,088 programs and took 0.40 to 0.43 ms on an H200, of which products explain 0.05 ms.
+# Seconds of a whole GPU that a program costs beside its tiles: 64 pictures of 56 x 56, window 7 x 7, 4 heads
+# of 32 channels, are 25,088 programs and took 0.40 to 0.43 ms on an H200; products explain 0.05 ms of them.
 PROGRAM = 1.4e-8
-# NATTEN reorders tokens in several passes: published, 2.4 to 5.7 ms on an H100 where one pass takes 1.0 to 1.7.
+# NATTEN reorders tokens in several passes: published 2.4 to 5.7 ms on an H100; one would take 1.0 to 1.7.
 PASSES = {"natten": 3}
 # Matrix products that a kernel of ours computes for a pair: over the channels of keys, over those of values.
 PRODUCTS = {"forward": (1, 1), "queries": (2, 1), "keys": (2, 2)}
@@ -148,28 +148,13 @@ def predict(
     reach = REACH[backend][2 if machine.is_gpu else int(item < 4)]
     if not reach:
         raise ValueError(f"backend={backend!r} does not run on {device!r}. Choose another of the two.")
+    call = _Call(bound, heads, kv_heads, head_dim, value_dim, dtype)
     if backend == "triton" and machine.is_gpu:
-        call = _Call(bound, heads, kv_heads, head_dim, value_dim, item)
         return batch * _triton_seconds(call, rate, machine.arch, direction, q_tile, kv_tile)
-    flops = 2 * (head_dim + value_dim) * heads
     if backend in ("flash", "natten"):
         tiles = _lattice_tiles(bound, q_tile, kv_tile)
-        moved = permutation_bytes(
-            bound,
-            *tiles,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            dtype=dtype,
-        )
-        found, area = bound.tiles(*tiles), prod(tiles[0]) * prod(tiles[1])
-        is_backward = direction == "backward"
-        kernel = KERNELS.get(f"{backend} gradients" if is_backward else backend, KERNELS[backend])
-        mask = kernel.mask + kernel.mask_an_axis * len(bound.axes)
-        flops *= found.static * area * (BACKWARD_FLOPS if is_backward else 1)
-        seconds = flops / (rate * kernel.reach) * (1 + mask * found.partial_share)
-        return batch * (seconds + moved * PASSES.get(backend, 1) / machine.memory_bytes)
+        return batch * _lattice_seconds(call, rate, machine.memory_bytes, direction, backend, tiles)
+    flops = 2 * (head_dim + value_dim) * heads
     work = _work(bound, backend, q_tile, kv_tile, heads // kv_heads)
     moved = work.scores * heads * item + work.gathered * kv_heads * (head_dim + value_dim) * item
     seconds = flops * work.pairs / (rate * reach) * (1 + MASK * work.partial_share)
@@ -185,29 +170,29 @@ def find_device(name: str) -> Device:
 
 
 class _Call(NamedTuple):
-    """One attention as a kernel of ours sees it; `item` is the size of an element in bytes."""
+    """One attention without its batch."""
 
     bound: Bound
     heads: int
     kv_heads: int
     head_dim: int
     value_dim: int
-    item: int
+    dtype: str
 
 
 def _triton_seconds(
     call: _Call, rate: float, arch: int, direction: Direction, q_tile: Tile | None, kv_tile: Tile | None
 ) -> float:
     """Seconds of our kernels, from the boxes that they visit."""
-    bound, dim = call.bound, max(call.head_dim, call.value_dim)
-    if not any(size == call.item and dim <= width for size, width in triton_plan.FORWARD):
+    bound, dim, item = call.bound, max(call.head_dim, call.value_dim), item_bytes(call.dtype)
+    if not any(size == item and dim <= width for size, width in triton_plan.FORWARD):
         raise ValueError(
-            f"The Triton kernels take elements of 2 or 4 bytes and up to 256 channels, given {call.item} "
-            f"bytes and {dim} channels."
+            f"The Triton kernels take elements of 2 or 4 bytes and up to 256 channels, given "
+            f"{call.dtype} and {dim} channels."
         )
     seconds = 0.0
     for kind in ("forward",) if direction == "forward" else ("queries", "keys"):
-        tiles = triton_plan.tiling((bound,), kind, call.item, dim, arch, _way(call))
+        tiles = triton_plan.tiling((bound,), kind, item, dim, arch, _way(call))
         q, kv = (
             found if given is None else (*(1,) * (triton_plan.RANK - len(given)), *given)
             for given, found in ((q_tile, tiles.q_tile), (kv_tile, tiles.kv_tile))
@@ -231,12 +216,10 @@ def _way(call: _Call) -> Way:
 
 
 def _visited(bound: Bound, q: Sides, kv: Sides, *, is_inverse: bool) -> tuple[int, int, int]:
-    """Pairs of boxes that are visited, those of them that need no mask, and boxes that stay where they are."""
+    """Pairs of boxes that are visited, those of them that need no mask, and boxes that stay in place."""
     visited = whole = programs = 1
     firsts = (*(0,) * (triton_plan.RANK - 1), bound.offset)
-    for axis, q_side, kv_side, first in zip(
-        triton_plan.on_three_axes(bound), q, kv, firsts, strict=True
-    ):
+    for axis, q_side, kv_side, first in zip(triton_plan.on_three_axes(bound), q, kv, firsts, strict=True):
         some, full = triton_plan.visits(axis, q_side, kv_side, first, is_inverse)
         visited, whole = visited * some, whole * full
         side, size = (kv_side, axis.size) if is_inverse else (q_side, axis.size - first)
@@ -244,6 +227,22 @@ def _visited(bound: Bound, q: Sides, kv: Sides, *, is_inverse: bool) -> tuple[in
     if not is_inverse:  # keys that all see are boxes of their own, and masked
         visited += programs * -(-bound.pattern.num_sinks // prod(kv))
     return visited, whole, programs
+
+
+def _lattice_seconds(
+    call: _Call, rate: float, memory: float, direction: Direction, backend: str, tiles: tuple[Tile, Tile]
+) -> float:
+    """Seconds of kernels that go over tiles of reordered tokens, the reordering included."""
+    _, *sizes = call._asdict().items()
+    moved = permutation_bytes(call.bound, *tiles, **dict(sizes))
+    found, area = call.bound.tiles(*tiles), prod(tiles[0]) * prod(tiles[1])
+    flops: float = 2 * (call.head_dim + call.value_dim) * call.heads * found.static * area
+    kernel = KERNELS[backend]
+    if direction == "backward":
+        flops, kernel = BACKWARD_FLOPS * flops, KERNELS.get(f"{backend} gradients", kernel)
+    mask = kernel.mask + kernel.mask_an_axis * len(call.bound.axes)
+    seconds = flops / (rate * kernel.reach) * (1 + mask * found.partial_share)
+    return seconds + moved * PASSES.get(backend, 1) / memory
 
 
 def _lattice_tiles(bound: Bound, q_tile: Tile | None, kv_tile: Tile | None) -> tuple[Tile, Tile]:

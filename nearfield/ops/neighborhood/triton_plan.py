@@ -36,7 +36,8 @@ class Visit(NamedTuple):
 class Config(NamedTuple):
     """Tokens of a query box and of a key box, how a program of the GPU runs, and what a score costs in it.
 
-    Costs are relative to the other configurations of the same problem.
+    Costs are relative to the other configurations of the same problem. `registers`: at most so many a thread,
+    for more programs side by side; None leaves it to the compiler.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     cost: float = 1.0
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ class Tiling:
     partial: bool
     whole: bool
     way: Way = "rows"
+    registers: int | None = None
 
 
 # (bytes of an element, widest head_dim) -> configurations. Those of two bytes were the fastest on an H200,
 # where small windows waste less on the later ones of a pair; those of four fit registers and shared memory.
 FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
-    (2, 32): (Config(64, 64, 4, 3), Config(32, 32, 2, 2)),
+    (2, 32): (Config(64, 64, 4, 3, 1.0, 128), Config(32, 32, 1, 3, 1.5, 128)),
     (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 256): (Config(64, 32, 8, 2),),
@@ -71,7 +74,7 @@ FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
     (4, 256): (Config(16, 16, 4, 1),),
 }
 QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
-    (2, 32): (Config(64, 32, 4, 2), Config(32, 32, 2, 2)),
+    (2, 32): (Config(64, 32, 2, 2, 1.0, 168), Config(32, 32, 1, 2, 1.2, 168)),
     (2, 64): (Config(64, 64, 4, 2),),
     (2, 128): (Config(64, 64, 4, 2),),
     (2, 256): (Config(64, 16, 8, 2),),
@@ -80,7 +83,7 @@ QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queri
     (4, 256): (Config(16, 16, 8, 1),),
 }
 KEYS: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of keys and values
-    (2, 32): (Config(32, 64, 4, 2), Config(32, 32, 2, 2)),
+    (2, 32): (Config(64, 32, 2, 2), Config(32, 32, 1, 2, 1.3)),
     (2, 64): (Config(64, 64, 4, 2),),
     (2, 128): (Config(32, 64, 4, 2),),
     (2, 256): (Config(32, 32, 8, 1),),
@@ -203,20 +206,24 @@ def candidates(
 
     Among them are further configurations than the static ones: best sides of each, second best of the static.
     """
-    most_way: Way = "rows"
-    if dim >= 16 and not dim & (dim - 1) and all(axis.dilation == 1 for axis in bound.axes):
-        is_simple = bound.pattern.border != "pad" and not bound.pattern.num_sinks
-        most_way = "groups" if is_simple else "boxes"
-    first = tiling((bound,), kind, item, dim, arch, most_way)
+    best_way = way_of(bound, dim)
+    first = tiling((bound,), kind, item, dim, arch, best_way)
     static = [
         (config, way)
-        for way in WAYS[: WAYS.index(most_way) + 1]
+        for way in WAYS[: WAYS.index(best_way) + 1]
         for config in configs(kind, item, dim, arch, way)
     ]
     ways = dict.fromkeys((near, way) for config, way in static for near in _near(config, item, way))
     costed = [found for way in ways for found in _costed(bound, kind, *way)[: 1 + (way in static)]]
     others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
     return tuple(dict.fromkeys([first, *others]))[:most]
+
+
+def way_of(bound: Bound, dim: int) -> Way:
+    """The most that a pattern allows on tensors that lie well, without further options."""
+    if dim < 16 or dim & (dim - 1) or any(axis.dilation > 1 for axis in bound.axes):
+        return "rows"
+    return "boxes" if bound.pattern.border == "pad" or bound.pattern.num_sinks else "groups"
 
 
 def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
@@ -227,7 +234,7 @@ def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
 
 def _near(config: Config, item: int, way: Way) -> list[Config]:
     """A configuration and its neighbours: of another depth, other warps, boxes half or twice as long."""
-    rows, columns, warps, stages, _ = config
+    rows, columns, warps, stages, *_ = config
     if way == "groups":
         return [config, config._replace(stages=stages + 1)]
     least = 32 if item == 2 else 16
@@ -250,7 +257,8 @@ def _costed(bound: Bound, kind: str, config: Config, way: Way) -> list[tuple[flo
         pairs = _visits(bound, q_tile, kv_tile, kind == "keys")
         visited, whole = (prod(counts) for counts in zip(*pairs, strict=True))
         cost = config.cost * config.rows * config.columns * (visited + MASK * (visited - whole))
-        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True, way)))
+        how = (config.warps, config.stages, True, True, way, config.registers)
+        found.append((cost, Tiling(q_tile, kv_tile, *how)))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from random import Random
-from statistics import correlation
+from statistics import correlation, median
 from typing import Any
 
 import torch
@@ -20,17 +20,20 @@ from nearfield.bench.work import cpu_seconds
 from nearfield.catalog import Result
 from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention
 from nearfield.ops.neighborhood.geometry import Bound
-from nearfield.ops.neighborhood.tiled_plan import tile_shape
-from nearfield.plan import cost
+from nearfield.ops.neighborhood.triton_plan import Tiling, tiling
+from nearfield.plan import cost, predict
+from nearfield.plan.roofline import DEVICES
 from nearfield.plan.tiles import flattened
 
-SEEDS = (0, 1, 2)
+SETTINGS = 30
+VARIANTS = 4  # of a GPU's kernel that its settings need: each is compiled for seconds
+POOL = 200  # settings among which those of the commonest variants are
 
 
 def stride_is_time(*, full: bool = False) -> Result:
     """HunyuanVideo's grid in float16: aligned stride, stride 1 and full attention."""
     grid, window, heads = (30, 48, 80), (18, 24, 24), 24 if full else 4
-    q, k, v = (x.cuda().half() for x in _random(0, grid, num_heads=heads, head_dim=128))
+    q, k, v = _on_gpu(1, grid, num_heads=heads)
     calls: dict[str, Callable[[], object]] = {
         "full": partial(F.scaled_dot_product_attention, _flat(q), _flat(k), _flat(v)),
         "stride 1": partial(neighborhood_attention, q, k, v, Neighborhood(window)),
@@ -38,39 +41,59 @@ def stride_is_time(*, full: bool = False) -> Result:
             neighborhood_attention, q, k, v, Neighborhood(window, stride=(16, 8, 8))
         ),
     }
-    seconds = {name: timed(call, "cuda", budget=2.0).seconds for name, call in calls.items()}
+    seconds = {name: timed(call, "cuda", budget=0.5).seconds for name, call in calls.items()}
     strided = seconds["stride 16 x 8 x 8"]
+    to_sliding, to_full = seconds["stride 1"] / strided, seconds["full"] / strided
     words = ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items())
-    return Result(words, seconds["stride 1"] >= 2.5 * strided and seconds["full"] >= 9 * strided)
+    words += f": the stride is {to_sliding:.1f} x faster than stride 1, {to_full:.1f} x than full"
+    return Result(words, to_sliding >= 2.5 and to_full >= 9)
 
 
 def simulator_predicts(*, full: bool = False) -> Result:
-    """Spearman's rank correlation of predicted and measured speed-up over random settings, on this CPU.
+    """Predicted and measured seconds of random settings of much the same FLOPs, on this CPU.
 
-    Predicted: tile-wise, with the query tiles of the tiled backend and key boxes that start at the window.
+    Each backend has points of its own: predicted seconds, measured seconds, FLOPs.
     """
-    grid = (64, 64)
-    found: dict[int, list[tuple[float, float]]] = {}
-    for seed in SEEDS:
-        q, k, v = _random(seed, grid, num_heads=4, head_dim=32)
-        dense = cpu_seconds(partial(F.scaled_dot_product_attention, _flat(q), _flat(k), _flat(v)))
-        found[seed] = []
-        for pattern in _settings(Random(seed), grid, 30 if full else 6):
-            predicted = cost(
-                grid,
-                pattern.kernel_size,
-                stride=pattern.stride,
-                dilation=pattern.dilation,
-                q_tile=tile_shape(pattern.on(grid), group=1),
-                kv_tile=(1, 1),
-            ).tile_wise_dynamic
-            call = partial(neighborhood_attention, q, k, v, pattern, backend="tiled")
-            found[seed].append((predicted, dense / cpu_seconds(call, budget=0.5 if full else 0.1, least=3)))
-    alone = ", ".join(f"{_rank_correlation(points):.3f}" for points in found.values())
-    together = [point for points in found.values() for point in points]
-    overall = _rank_correlation(together)
-    words = f"{overall:.3f} over {len(together)} settings (each of three seeds alone: {alone})"
-    return Result(words, overall >= 0.95, partial(_scatter, found))
+    grid, heads, head_dim = (64, 64), 4, 32
+    q, k, v = _random(0, grid, num_heads=heads, head_dim=head_dim)
+    matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    gflops = 2 * 1024**3 / cpu_seconds(partial(torch.mm, matrix, matrix), budget=0.1) / 1e9
+    patterns = _settings(Random(0), grid, SETTINGS if full else 4)
+    points: dict[str, list[tuple[float, float, float]]] = {"tiled": [], "native": []}
+    for name, found in points.items():
+        for pattern in patterns:
+            bound = pattern.on(grid)
+            predicted = predict(bound, heads=heads, head_dim=head_dim, gemm_gflops=gflops, backend=name)
+            call = partial(neighborhood_attention, q, k, v, pattern, backend=name)
+            seconds = cpu_seconds(call, budget=0.5 if full else 0.05, least=5 if full else 2)
+            found.append((predicted, seconds, float(bound.num_pairs)))
+    words, holds = _judged(points, 0.9)
+    return Result(words, holds, partial(_scatter, points))
+
+
+def simulator_predicts_on_gpu(*, full: bool = False) -> Result:
+    """The same for the Triton kernels in float16, on four grids of 128 x 128.
+
+    So that few kernels are compiled, settings are those of a larger draw that need its commonest variants.
+    """
+    gpu = torch.cuda.get_device_name().lower()
+    device = next((name for name in DEVICES if name in gpu), None)
+    if device is None:
+        known = ", ".join(name for name, machine in DEVICES.items() if machine.is_gpu)
+        return Result("", None, skipped=f"seconds are predicted for {known}, not for {gpu!r}")
+    grid, batch, heads = (128, 128), 4, 16
+    q, k, v = _on_gpu(batch, grid, num_heads=heads)
+    found = []
+    for pattern in _settings_on_gpu(Random(0), grid, full=full):
+        bound = pattern.on(grid)
+        predicted = predict(
+            bound, heads=heads, head_dim=128, dtype="float16", backend="triton", device=device, batch=batch
+        )
+        call = partial(neighborhood_attention, q, k, v, pattern, backend="triton")
+        seconds = timed(call, "cuda", budget=0.05, least=5).seconds
+        found.append((predicted, seconds, float(bound.num_pairs)))
+    words, holds = _judged({"triton": found}, 0.95)
+    return Result(words, holds, partial(_scatter, {"triton": found}))
 
 
 def tiles_not_lines(*, full: bool = False) -> Result:
@@ -136,26 +159,74 @@ def _flat(x: Float[Tensor, "b *grid h d"]) -> Float[Tensor, "b h n d"]:
     return rearrange(x, "b ... h d -> b h (...) d")
 
 
+def _on_gpu(batch: int, grid: tuple[int, ...], *, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in float16 with 128 channels, drawn where they are used."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(batch, *grid, num_heads, 128, generator=draw, device="cuda", dtype=torch.float16)
+        for _ in range(3)
+    )
+    return q, k, v
+
+
 def _settings(draw: Random, grid: tuple[int, int], count: int) -> list[Neighborhood]:
-    """Random patterns whose windows span from a few keys to most of the grid."""
-    found = []
-    for _ in range(count):
+    """Random patterns in which a query sees 128 to 512 keys: their FLOPs differ by no more."""
+    found: list[Neighborhood] = []
+    while len(found) < count:
         dilation = draw.choice((1, 1, 1, 2))
-        size = tuple(draw.randint(3, side // (2 * dilation)) for side in grid)
-        stride = tuple(draw.choice((1, 2, 4, 8, k)) for k in size)
-        found.append(
-            Neighborhood(size, tuple(min(s, k) for s, k in zip(stride, size, strict=True)), dilation)
-        )
+        size = tuple(draw.randint(3, side // dilation) for side in grid)
+        stride = tuple(min(draw.choice((1, 2, 4, 8, k)), k) for k in size)
+        if 128 <= prod(size) <= 512:
+            found.append(Neighborhood(size, stride, dilation))
     return found
 
 
+def _settings_on_gpu(draw: Random, grid: tuple[int, int], *, full: bool) -> list[Neighborhood]:
+    """Random patterns of 512 to 2,048 keys for a query and sides within 4 x, sliding or strided on both axes.
+
+    Kernels are compiled for their boxes, and anew where a stride is 1.
+    """
+    pool: dict[tuple[Tiling, bool], list[Neighborhood]] = {}
+    for _ in range(POOL if full else POOL // 4):
+        size = (0, 0)
+        while not (512 <= prod(size) <= 2048 and max(size) <= 4 * min(size)):
+            size = (draw.randint(3, grid[0]), draw.randint(3, grid[1]))
+        is_sliding = draw.random() < 0.5
+        stride = tuple(1 if is_sliding else min(draw.choice((2, 4, 8, 16)), k) for k in size)
+        pattern = Neighborhood(size, stride)
+        variant = tiling((pattern.on(grid),), "forward", 2, 128, 90, "groups"), is_sliding
+        pool.setdefault(variant, []).append(pattern)
+    commonest = sorted(pool.values(), key=len, reverse=True)[: VARIANTS if full else 1]
+    every = [pattern for patterns in commonest for pattern in patterns]
+    return draw.sample(every, min(SETTINGS if full else 4, len(every)))
+
+
+def _judged(points: dict[str, list[tuple[float, float, float]]], least: float) -> tuple[str, bool]:
+    """Rank correlations of measured seconds with predicted ones and with FLOPs alone, and the verdict.
+
+    A prediction is clearly above FLOPs if at most half as much is missing to 1.
+    """
+    words, holds = [], True
+    for name, found in points.items():
+        predicted, measured, flops = zip(*found, strict=True)
+        ours, control = (_rank_correlation(list(zip(x, measured, strict=True))) for x in (predicted, flops))
+        holds &= ours >= least and 1 - ours <= (1 - control) / 2
+        ratio = median(p / m for p, m in zip(predicted, measured, strict=True))
+        words.append(
+            f"{name}: {ours:.3f} over {len(found)} settings, FLOPs alone {control:.3f} (they span "
+            f"{max(flops) / min(flops):.1f} x, seconds {max(measured) / min(measured):.1f} x; "
+            f"predicted / measured {ratio:.2f})"
+        )
+    return "; ".join(words), holds
+
+
 def _rank_correlation(points: list[tuple[float, float]]) -> float:
-    """Spearman's; equal values share the mean of their places."""
+    """Spearman's; equal values share the mean of their places. 0 where all values of a kind are equal."""
     ranks = []
     for values in zip(*points, strict=True):
         order = sorted(values)
         ranks.append([order.index(value) + (order.count(value) - 1) / 2 for value in values])
-    return correlation(*ranks)
+    return correlation(*ranks) if all(len(set(rank)) > 1 for rank in ranks) else 0.0
 
 
 def _tiles(bound: Bound, side: int) -> Int[Tensor, "tiles tokens"]:
@@ -181,10 +252,10 @@ def _attend_visits(
         F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=seen)
 
 
-def _scatter(found: dict[int, list[tuple[float, float]]], axes: Any) -> None:
-    for seed, points in found.items():
-        axes.scatter(*zip(*points, strict=True), label=f"seed {seed}")
-    axes.set(xlabel="predicted speed-up", ylabel="measured speed-up", xscale="log", yscale="log")
+def _scatter(points: dict[str, list[tuple[float, float, float]]], axes: Any) -> None:
+    for name, found in points.items():
+        axes.scatter([1e3 * p for p, _, _ in found], [1e3 * m for _, m, _ in found], label=name)
+    axes.set(xlabel="predicted milliseconds", ylabel="measured milliseconds", xscale="log", yscale="log")
     axes.legend()
 
 
