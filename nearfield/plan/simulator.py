@@ -159,7 +159,7 @@ def cost(
         machine: dict[str, Any] = {"dtype": dtype, "device": device, "gemm_gflops": gemm_gflops}
         ours: dict[str, Any] = {"backend": "native"}  # which has boxes of its own
         if device != "cpu":
-            ours = {"backend": "triton", "q_tile": chosen[0], "kv_tile": chosen[1]}
+            ours = {"backend": "triton", **given}
         seconds = (
             predict(bound, **sizes, **machine, **ours),
             predict(bound, **sizes, **machine, backend="dense"),
