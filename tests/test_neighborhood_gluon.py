@@ -32,7 +32,7 @@ def compiled(dim: int, rank: int, dtype: str, **flags: Any) -> Any:
     from nearfield.ops.neighborhood import gluon_forward
 
     gl = gluon_forward.gl
-    (q_tile, kv_tile), (config,) = TILES[rank], triton_plan.GROUPS[2, dim]
+    (q_tile, kv_tile), (config,) = TILES[rank], {**triton_plan.GROUPS, **triton_plan.UNTIMED}[2, dim]
     half = gluon_forward.halved(q_tile)
     settings: dict[str, Any] = {
         "TQ": q_tile, "TH": half, "TK": kv_tile, "CAUSAL": (False,) * 3, "BORDER": 0, "D": dim, "RANK": rank,

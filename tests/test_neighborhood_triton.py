@@ -505,7 +505,7 @@ def built(name: str, arch: int, dim: int, dtype: str, config: Config, **flags: A
     made = compiler.compile(
         source(name, dim, dtype, (config, SQUARE[config.rows], SQUARE[config.columns]), **flags),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers},
+        options={"num_warps": config.warps, "num_stages": config.stages},
     )
     return made, spilled_bytes(made)
 

@@ -239,7 +239,6 @@ def _off(found: list[Tensor], expected: list[Tensor], direction: Direction) -> s
 def _words(tiles: Tiling) -> str:
     sides = ["×".join(map(str, side)) for side in (tiles.q_tile, tiles.kv_tile)]
     words = [f"{sides[0]} queries", f"{sides[1]} keys", f"{tiles.warps} warps", f"{tiles.stages} stages"]
-    words += [f"{tiles.registers} registers"] * (tiles.registers is not None)
     return ", ".join([*words, f"by {tiles.way}"])
 
 

@@ -358,7 +358,6 @@ class _Problem:
             "FAR": far,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
-            "maxnreg": tiles.registers,
         }
 
     def extras(self) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -36,8 +36,7 @@ class Visit(NamedTuple):
 class Config(NamedTuple):
     """Tokens of a query box and of a key box, how a program of the GPU runs, and what a score costs in it.
 
-    Costs are relative to the other configurations of the same problem. `registers`: at most so many a thread,
-    for more programs side by side; None leaves it to the compiler.
+    Costs are relative to the other configurations of the same problem.
     """
 
     rows: int
@@ -45,7 +44,6 @@ class Config(NamedTuple):
     warps: int
     stages: int
     cost: float = 1.0
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,12 @@ class Tiling:
     partial: bool
     whole: bool
     way: Way = "rows"
-    registers: int | None = None
 
 
 # (bytes of an element, widest head_dim) -> configurations. Those of two bytes were the fastest on an H200,
 # where small windows waste less on the later ones of a pair; those of four fit registers and shared memory.
 FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
-    (2, 32): (Config(64, 64, 4, 3, 1.0, 128), Config(32, 32, 1, 3, 1.5, 128)),
+    (2, 32): (Config(64, 64, 4, 3), Config(32, 32, 1, 3, 1.5)),
     (2, 64): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 128): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
     (2, 256): (Config(64, 32, 8, 2),),
@@ -74,7 +71,7 @@ FORWARD: dict[tuple[int, int], tuple[Config, ...]] = {
     (4, 256): (Config(16, 16, 4, 1),),
 }
 QUERIES: dict[tuple[int, int], tuple[Config, ...]] = {  # gradients of the queries
-    (2, 32): (Config(64, 32, 2, 2, 1.0, 168), Config(32, 32, 1, 2, 1.2, 168)),
+    (2, 32): (Config(64, 32, 2, 2), Config(32, 32, 1, 2, 1.2)),
     (2, 64): (Config(64, 64, 4, 2),),
     (2, 128): (Config(64, 64, 4, 2),),
     (2, 256): (Config(64, 16, 8, 2),),
@@ -104,11 +101,9 @@ BOXED: dict[tuple[str, int, int], tuple[Config, ...]] = {
     ("keys", 2, 128): (Config(64, 64, 4, 2), Config(32, 64, 4, 2, 1.15)),
     ("keys", 2, 256): (Config(32, 64, 8, 2),),
 }
-# by (bytes of an element, head_dim), for plain patterns alone
-GROUPS: dict[tuple[int, int], tuple[Config, ...]] = {
-    (2, 64): (Config(128, 128, 4, 2, 0.9),),
-    (2, 128): (Config(128, 128, 4, 2, 0.77),),
-}
+# by (bytes of an element, head_dim), for plain patterns alone; those of UNTIMED work and are left to tuning
+GROUPS: dict[tuple[int, int], tuple[Config, ...]] = {(2, 128): (Config(128, 128, 4, 2, 0.77),)}
+UNTIMED: dict[tuple[int, int], tuple[Config, ...]] = {(2, 64): (Config(128, 128, 4, 2),)}
 # GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
 OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {}
 MASK = 0.2  # what masking a tile costs of computing it: 0.15 to 0.3 on an H200
@@ -213,6 +208,8 @@ def candidates(
         for way in WAYS[: WAYS.index(best_way) + 1]
         for config in configs(kind, item, dim, arch, way)
     ]
+    if best_way == "groups" and kind == "forward" and arch == 90:
+        static += [(config, best_way) for config in UNTIMED.get((item, dim), ())]
     ways = dict.fromkeys((near, way) for config, way in static for near in _near(config, item, way))
     costed = [found for way in ways for found in _costed(bound, kind, *way)[: 1 + (way in static)]]
     others = [fitted((bound,), found, kind) for _, found in sorted(costed, key=lambda found: found[0])]
@@ -234,7 +231,7 @@ def fitted(bounds: tuple[Bound, ...], tiles: Tiling, kind: str) -> Tiling:
 
 def _near(config: Config, item: int, way: Way) -> list[Config]:
     """A configuration and its neighbours: of another depth, other warps, boxes half or twice as long."""
-    rows, columns, warps, stages, *_ = config
+    rows, columns, warps, stages, _ = config
     if way == "groups":
         return [config, config._replace(stages=stages + 1)]
     least = 32 if item == 2 else 16
@@ -257,8 +254,7 @@ def _costed(bound: Bound, kind: str, config: Config, way: Way) -> list[tuple[flo
         pairs = _visits(bound, q_tile, kv_tile, kind == "keys")
         visited, whole = (prod(counts) for counts in zip(*pairs, strict=True))
         cost = config.cost * config.rows * config.columns * (visited + MASK * (visited - whole))
-        how = (config.warps, config.stages, True, True, way, config.registers)
-        found.append((cost, Tiling(q_tile, kv_tile, *how)))
+        found.append((cost, Tiling(q_tile, kv_tile, config.warps, config.stages, True, True, way)))
     return sorted(found, key=lambda pair: pair[0])
 
 

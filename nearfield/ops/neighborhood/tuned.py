@@ -26,10 +26,9 @@ from nearfield.ops.neighborhood import triton_plan
 from nearfield.ops.neighborhood.geometry import Bound
 from nearfield.ops.neighborhood.triton_plan import RANK, Tiling
 
-FIELDS = ("q_tile", "kv_tile", "warps", "stages", "way", "registers")
+FIELDS = ("q_tile", "kv_tile", "warps", "stages", "way")
 KERNELS = ("triton_boxes.py", "triton_forward.py", "triton_backward.py", "gluon_forward.py")
 WARPS, STAGES, AREA = (1, 2, 4, 8, 16), range(1, 9), range(1, 257)
-REGISTERS = range(32, 256, 8)
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,7 @@ def _understood(document: Any, device_name: str) -> Measured:
     return Measured(found, executors)
 
 
-def _tiling(
-    q_tile: list[int], kv_tile: list[int], warps: int, stages: int, way: Any, registers: int | None
-) -> Tiling:
+def _tiling(q_tile: list[int], kv_tile: list[int], warps: int, stages: int, way: Any) -> Tiling:
     for sides in (q_tile, kv_tile):
         are_powers = len(sides) == RANK and all(type(n) is int and n > 0 and not n & (n - 1) for n in sides)
         if not are_powers or prod(sides) not in AREA:
@@ -194,6 +191,4 @@ def _tiling(
         raise ValueError(f"warps and stages are {warps} and {stages}")
     if way not in triton_plan.WAYS:
         raise ValueError(f"way is {way}")
-    if registers is not None and (type(registers) is not int or registers not in REGISTERS):
-        raise ValueError(f"registers are {registers}")
-    return Tiling(tuple(q_tile), tuple(kv_tile), warps, stages, True, True, way, registers)
+    return Tiling(tuple(q_tile), tuple(kv_tile), warps, stages, True, True, way)
