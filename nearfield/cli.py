@@ -428,6 +428,10 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0, help="No row and no rival begins after so long.")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="A file that after every row holds what was measured."),
+    ] = None,
     against: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Two result files side by side, nothing timed."),
@@ -472,6 +476,7 @@ def bench(
             rivals=tuple(rival) if rival else rivals,
             threads=threads,
             minutes=minutes,
+            out=out,
             progress=progress,
             **chosen,
         )

@@ -415,6 +415,24 @@ def test_a_saved_result_is_the_same_again(tiny, tmp_path):
     assert (same.only_a, same.only_b, same.differs) == ((), (), {})
 
 
+def test_a_run_that_breaks_off_leaves_the_rows_before(tmp_path, monkeypatch):
+    from nearfield.bench import runner
+
+    right = runner._row
+
+    def broken(case, dtype, direction, **rest):
+        if direction == "backward":
+            raise KeyboardInterrupt
+        return right(case, dtype, direction, **rest)
+
+    monkeypatch.setattr(runner, "_row", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run(cases=["tiny-1d"], dtypes=["float32"], seconds=0.01, out=tmp_path / "a.json")
+    assert [row["direction"] for row in BenchResult.load(tmp_path / "a.json").rows] == ["forward"]
+    with pytest.raises(FileNotFoundError):
+        run(cases=["tiny-1d"], out=tmp_path / "nowhere" / "a.json")
+
+
 @pytest.mark.parametrize("text", ["", "\xff", "[]", "{}", '{"rows": [1]}', '{"rows": [{"case": "x"}]}'])
 def test_other_files_are_no_results(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from nearfield.bench.cases import CASES, DIRECTIONS, Case, Direction
 from nearfield.bench.results import BenchResult, Comparison, compare
@@ -24,14 +25,15 @@ def run(
     threads: int = 1,
     seconds: float | None = None,
     minutes: float | None = None,
+    out: str | Path | None = None,
     progress: Callable[[str, float, float], None] | None = None,
 ) -> BenchResult:
     """The op's cases timed, forward and backward apart, each beside a GEMM of its dtype and thread count.
 
     `cases` are ids, `dtypes` names (all that fit the device if None); `rivals`: those usual on the device,
     none, or those that are named; `seconds` bounds the repeats of one timing and, on a CPU, the expected
-    length of a rival's call; no row and no rival begins after `minutes`; `progress(what, done, total)` is
-    told before each row and at the end.
+    length of a rival's call; no row and no rival begins after `minutes`; the file `out` holds after every row
+    what was measured by then; `progress(what, done, total)` is told before each row and at the end.
     """
     if op not in OPS:
         raise ValueError(f"No bench is called {op!r}. There is: {', '.join(OPS)}.")
@@ -48,5 +50,6 @@ def run(
         threads=threads,
         seconds=seconds,
         minutes=minutes,
+        out=out,
         progress=progress,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -41,6 +42,7 @@ def run_op(
     threads: int,
     seconds: float | None,
     minutes: float | None,
+    out: str | Path | None,
     progress: Progress | None,
 ) -> BenchResult:
     """The rows of `nearfield bench OP`; `nearfield.bench.run` holds the other defaults."""
@@ -85,6 +87,13 @@ def run_op(
     rows: list[dict[str, Any]] = []
     left: list[str] = []
     timed_until = {"deadline": deadline} if op == "neighborhood" else {}
+    origin = provenance(device, threads)
+
+    def result() -> BenchResult:
+        return BenchResult(op=op, rows=tuple(rows), left_out=tuple(left), **origin)
+
+    if out is not None:
+        result().save(out)  # what cannot be written is known before anything is measured
     with _threads(threads):
         for done, (case, dtype, direction) in enumerate(plan):
             if progress is not None:
@@ -105,9 +114,13 @@ def run_op(
                     **timed_until,
                 )
             )
+            if out is not None:
+                result().save(out)
     if progress is not None:
         progress(f"bench {op}", len(plan), len(plan))
-    return BenchResult(op=op, rows=tuple(rows), left_out=tuple(left), **provenance(device, threads))
+    if out is not None:
+        result().save(out)
+    return result()
 
 
 def _row(
