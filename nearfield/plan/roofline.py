@@ -17,7 +17,8 @@ from math import prod
 from typing import Literal, NamedTuple
 
 from nearfield.ops.neighborhood import triton_plan
-from nearfield.ops.neighborhood.geometry import Axis, Bound
+from nearfield.ops.neighborhood.geometry import Bound
+from nearfield.ops.neighborhood.tiled_sides import best_sides, side_of
 from nearfield.ops.neighborhood.triton_plan import Sides, Way
 from nearfield.plan.tiles import (
     LANES,
@@ -104,9 +105,9 @@ REACH = {
     "natten": (0.0, 0.0, KERNELS["natten"].reach),
 }
 LATTICE_AREA = 128  # tokens of a tile of FlashAttention's and NATTEN's kernels
-# The tiled backend gathers each query tile's neighborhood first, unless that is a run of tokens: besides the
-# products it costs bytes, not masks.
-GATHER_SIDE = {1: 128, 2: 8, 3: 4}  # by rank
+# Queries of a tile on one axis, where the tiled backend has several ways: as tiles of so many, each was met
+# within a third.
+RUN = 128
 
 
 def predict(
@@ -275,10 +276,7 @@ def _work(bound: Bound, backend: str, q_tile: Tile | None, kv_tile: Tile | None,
     if backend == "reference":
         return _Work(everything, scores=8 * everything)  # scores, mask, weights: each written and read
     if backend == "tiled":
-        tile = q_tile or tuple(_gathered_side(axis, len(bound.axes)) for axis in bound.axes)
-        keys = bound.tiles(tile, 1).static
-        is_run = len(bound.axes) == 1 and bound.axes[0].dilation == 1
-        return _Work(keys * prod(tile), gathered=0 if is_run else 2 * keys)
+        return _tiled_work(bound, q_tile, group)
     if backend == "native":
         return _Work(LANES * lane_box(bound, group)[1] / group)
     if backend == "flex":
@@ -288,7 +286,14 @@ def _work(bound: Bound, backend: str, q_tile: Tile | None, kv_tile: Tile | None,
     return _Work(tiles.static * prod(chosen[0]) * prod(chosen[1]), tiles.partial_share)
 
 
-def _gathered_side(axis: Axis, rank: int) -> int:
-    """Queries of a tile on one axis: whole strides, not wider than a dilation group."""
-    whole = axis.stride * max(1, GATHER_SIDE[rank] // axis.stride)
-    return min(whole, -(-axis.size // axis.dilation))
+def _tiled_work(bound: Bound, q_tile: Tile | None, group: int) -> _Work:
+    """Tiles of queries on the boxes of keys around them. To gather a box costs bytes besides the products."""
+    if len(bound.axes) > 1:
+        sides = best_sides(bound, group) if q_tile is None else map(side_of, bound.axes, q_tile)
+        queries, tiles, keys = (prod(numbers) for numbers in zip(*sides, strict=True))
+        return _Work(tiles * queries * keys, gathered=2 * tiles * keys)
+    axis = bound.axes[0]  # and what lies in a run is not gathered
+    whole = axis.stride * max(1, RUN // axis.stride)
+    tile = q_tile or (min(whole, -(-axis.size // axis.dilation)),)
+    seen = bound.tiles(tile, 1).static
+    return _Work(seen * prod(tile), gathered=2 * seen if axis.dilation > 1 else 0)

@@ -21,7 +21,8 @@ from nearfield.ops.neighborhood.tiled_blocks import (
     merge_,
     sum_dtype,
 )
-from nearfield.ops.neighborhood.tiled_plan import Chunk, chunks, num_slots, tile_shape
+from nearfield.ops.neighborhood.tiled_plan import Chunk, chunks, num_slots
+from nearfield.ops.neighborhood.tiled_sides import best_sides
 
 CHUNK_BYTES = 1 << 22  # what one chunk of tiles may gather: small enough to stay near the core
 WIDE_ROWS = 1024  # queries at a time against sinks and additional keys
@@ -185,7 +186,7 @@ def unfold(rows: Tensor, tiles: int, num_heads: int) -> Tensor:
 
 
 def _chunks_of(query: Tensor, key: Tensor, bound: Bound, bias: Tensor | None, passes: int) -> Iterable[Chunk]:
-    shape = tile_shape(bound, query.shape[2] // key.shape[2])
+    shape = tuple(side.queries for side in best_sides(bound, query.shape[2] // key.shape[2]))
     rows, slots = prod(shape), num_slots(bound, shape)
     gathered = (
         passes * 2 * (rows * query.shape[2] + slots * key.shape[2]) * query.shape[3] * query.element_size()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from math import prod
 
 import torch
@@ -13,11 +12,6 @@ from torch import Tensor
 
 from nearfield.ops.neighborhood.geometry import Axis, Bound
 
-GATHER = (
-    28  # gathering a key costs as much as this many queries' scores with it (measured, head_dim 32 to 64)
-)
-LONGEST = {1: 256, 2: 16, 3: 8}  # longest side of a tile by rank, unless one stride is longer
-MOST_ROWS = 1024
 CACHED_BYTES = 1 << 25  # chunks of a plan stay in memory up to this size; larger plans are worked out anew
 
 
@@ -46,18 +40,6 @@ class Chunk:
     visible: Tensor  # [slots, rows, keys]
     offsets: Tensor | None  # [slots, rows, keys] entry of the flat bias table, clamped; only with a bias
     tiles: int
-
-
-@lru_cache(maxsize=512)
-def tile_shape(bound: Bound, group: int) -> tuple[int, ...]:
-    """Queries of a tile per axis, whole strides, at the least cost; `group` query heads share a key."""
-    options = [_options(axis, LONGEST[len(bound.axes)]) for axis in bound.axes]
-
-    def cost(sides: tuple[tuple[int, int, int], ...]) -> tuple[bool, int]:
-        rows, tiles, slots = (prod(numbers) for numbers in zip(*sides, strict=True))
-        return rows > MOST_ROWS, tiles * slots * (rows * group + GATHER)
-
-    return tuple(side[0] for side in min(product(*options), key=cost))
 
 
 def num_slots(bound: Bound, shape: tuple[int, ...]) -> int:
@@ -150,17 +132,6 @@ def _axis_tiles(axis: Axis, rows: int, first: int) -> AxisTiles:
 
 def _axes(bound: Bound, shape: tuple[int, ...]) -> list[AxisTiles]:
     return [_axis_tiles(axis, rows, bound.offset) for axis, rows in zip(bound.axes, shape, strict=True)]
-
-
-def _options(axis: Axis, longest: int) -> list[tuple[int, int, int]]:
-    """(queries, tiles, keys of a box) for each tile side worth a thought."""
-    length = -(-axis.size // axis.dilation)
-    step = axis.stride if longest <= 16 else -(-16 // axis.stride) * axis.stride
-    found = []
-    for side in {min(side, length) for side in (axis.stride, *range(step, longest + 1, step))}:
-        tiles = min(axis.dilation, axis.size) * -(-length // side)
-        found.append((side, tiles, min(length, side - axis.stride + axis.kernel_size)))
-    return sorted(found)
 
 
 def _offsets(axes: list[AxisTiles], bound: Bound, some: list[Tensor]) -> Tensor:

@@ -29,12 +29,18 @@ def test_predictions_must_be_clearly_better_than_counting_work():
     swapped = [*measured[1::-1], *measured[2:]]  # nearly the right order, as FLOPs may have it, too
     shuffled = Random(0).sample(measured, 30)
 
-    def verdict(predicted, flops):
-        points = list(zip(predicted, [m + 1 for m in measured], [f + 1 for f in flops], strict=True))
-        return claims._judged({"ours": points}, 0.9)
+    def draw(predicted, flops):
+        return [claims.Point(p, m + 1, f + 1) for p, m, f in zip(predicted, measured, flops, strict=True)]
 
-    assert verdict(swapped, shuffled)[1]
-    assert not verdict(swapped, swapped)[1]
-    assert not verdict(shuffled, shuffled)[1]
-    words, _ = verdict(measured, shuffled)
-    assert words.startswith("ours: 1.000 over 30 settings, FLOPs alone")
+    def judged(*draws):
+        return claims._judged({"ours": list(draws)}, 0.9)
+
+    good, poor = draw(swapped, shuffled), draw(shuffled, shuffled)
+    assert judged(good)[1]
+    assert judged(good, good)[1]
+    assert not judged(draw(swapped, swapped))[1]
+    assert not judged(poor)[1]
+    assert not judged(good, poor, good)[1]  # the worst draw decides
+    words, _ = judged(draw([m + 1 for m in measured], shuffled), poor)
+    low = f"{claims._rank_correlation(poor, 'predicted'):.3f}"
+    assert words.startswith(f"ours: 1.000, {low} over 30 settings, FLOPs alone {low}, {low} (")
