@@ -230,6 +230,21 @@ def conduct() -> dict[str, Any]:
     grads = torch.autograd.grad(dirty.sum(), tensors[1:])
     found["masked keys"] = torch.equal(clean, dirty) and all(x.isfinite().all() for x in grads)
 
+    # scales that are not above zero, with every option
+    case = Case((9,), Neighborhood(3, is_causal=True, num_sinks=1), kv_heads=1, dv=3, num_queries=6,
+                options=("additional", "bias", "key_mask", "sink_logits"))  # fmt: skip
+    tensors, options = case.inputs(torch.float32, requires_grad=True)
+    leaves = [x for x in (*tensors, *options.values()) if x.requires_grad]
+    for scale in (-0.3, 0.0):
+        results = []
+        for backend in ("triton", "reference"):
+            out, lse = neighborhood_attention(
+                *tensors, case.geometry, scale=scale, return_lse=True, backend=backend, **options
+            )
+            loss = out.square().sum() + lse.sin().sum()
+            results.append([out, lse, *torch.autograd.grad(loss, leaves)])
+        found[f"scale {scale}"] = max(relative_error(a, e) for a, e in zip(*results, strict=True))
+
     # torch's citizens
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return neighborhood_attention(q, k, v, Neighborhood(3), backend="triton")
@@ -239,8 +254,14 @@ def conduct() -> dict[str, Any]:
     found["vmap"] = relative_error(torch.vmap(call)(*tensors), one)
     tensors = qkv(1, 9, 1, 4, requires_grad=True)
     grads = [torch.autograd.grad(call(*tensors).square().sum(), tensors) for _ in range(2)]
+    one = call(*tensors)
     found["same bits"] = all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     found["why"] = str(why(*tensors, Neighborhood(3)))
+
+    # boxes that were measured for a kernel that cannot run this call
+    alien = {"forward": triton_plan.Tiling((1, 1, 128), (1, 1, 128), 4, 2, True, True, "groups")}
+    with tuned.trying(alien):
+        found["not by groups"] = torch.equal(call(*tensors), one)
 
     # broken on purpose
     right = triton_plan.tiling
@@ -256,10 +277,11 @@ def conduct() -> dict[str, Any]:
 def test_interpreted_kernels_conduct_themselves(python: Python) -> None:
     found = interpreted(python, "conduct")
     for name in found:
-        if name.startswith(("packed", "decode", "vmap")):
+        if name.startswith(("packed", "decode", "scale", "vmap")):
             assert found[name] < 5e-6, name
     assert found["masked keys"]
     assert found["same bits"]
+    assert found["not by groups"]
     told = next(line for line in found["why"].splitlines() if line.strip().startswith("triton"))
     assert "GPU" not in told
     assert min(found["broken"]) > 1e-2
@@ -427,6 +449,14 @@ def test_without_a_gpu_the_backend_says_so() -> None:
         neighborhood_attention(q, k, v, geometry, backend="triton")
     q, k, v = qkv(1, 5, 2, 4)
     assert "on a GPU" in why(q, k, v, geometry).others["triton"]
+
+
+def test_gpus_of_other_makers_are_given_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert triton.arch(torch.device("cuda")) == 90
+    assert triton.arch(torch.device("xpu")) < 90
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # there 9.0 is another GPU
+    assert triton.arch(torch.device("cuda")) < 90
 
 
 def test_the_module_imports_without_triton(python: Python) -> None:
@@ -726,8 +756,9 @@ def test_on_a_gpu_decoding_and_packing_equal_the_reference() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_graph_replays_it() -> None:
-    tensors = qkv(1, 40, 40, 2, 64, dtype=torch.float16, device="cuda")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_on_a_gpu_a_graph_replays_it(dim: int) -> None:
+    tensors = qkv(1, 40, 40, 2, dim, dtype=torch.float16, device="cuda")
     run = lambda: neighborhood_attention(*tensors, Neighborhood(7), backend="triton")  # noqa: E731
     expected = run()
     torch.cuda.synchronize()

@@ -187,6 +187,33 @@ def test_predictions_scale_as_the_work_does():
     assert tiled[0] < predict(bound, backend="dense", **base) / 5
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    ("grid", "pattern"),
+    [
+        ((64, 64), Neighborhood(13)),
+        ((64, 64), Neighborhood((5, 40), (2, 8))),
+        ((64, 48), Neighborhood((40, 3), (16, 1))),
+        ((64, 64), Neighborhood((9, 12), (1, 4), 2)),
+        ((30, 41), Neighborhood((7, 9), border="truncate")),
+        ((12, 16, 20), Neighborhood((3, 5, 7), (1, 1, 2))),
+    ],
+)
+def test_predictions_count_the_tiles_that_the_tiled_backend_visits(grid, pattern, group):
+    torch = pytest.importorskip("torch")
+    from nearfield.ops.neighborhood.tiled_boxes import _chunks_of
+    from nearfield.plan.roofline import _tiled_work
+
+    bound = pattern.on(grid)
+    query, key = (torch.empty(1, bound.num_keys, heads, 8) for heads in (group, 1))
+    computed = gathered = 0
+    for chunk in _chunks_of(query, key, bound, None, 1):
+        computed += chunk.tiles * chunk.visible[0].numel()
+        gathered += len(chunk.key)
+    found = _tiled_work(bound, None, group)
+    assert (found.pairs, found.gathered) == (computed, 2 * gathered)
+
+
 FLUX = {1: Neighborhood(80).on((256, 256)), 16: Neighborhood(80, 16).on((256, 256))}
 HUNYUAN = {
     1: Neighborhood((18, 24, 24)).on(VIDEO),

@@ -119,6 +119,10 @@ BROKEN: dict[str, Callable[[], str]] = {
     "of other kernels": lambda: edited(lambda d: d.update(kernels="0")),
     "sides that are no powers": lambda: edited(lambda d: first(d).update(q_tile=[1, 6, 8])),
     "a box of a million tokens": lambda: edited(lambda d: first(d).update(kv_tile=[1, 1024, 1024])),
+    "an unknown way": lambda: edited(lambda d: first(d).update(way="by_box")),
+    "of the form before ways": lambda: edited(
+        lambda d: first(d).update(by_box=first(d).pop("way") != "rows")
+    ),
     "three warps": lambda: edited(lambda d: first(d).update(warps=3)),
     "no time": lambda: edited(lambda d: d["executors"].update(x={"triton": "soon"})),
 }

@@ -133,10 +133,7 @@ class _Run:
         best: dict[str, Tiling],
     ) -> Tiling | None:  # fmt: skip
         """The fastest boxes of one kernel, the others being the best so far; None if none was measured."""
-        arch = 90
-        if self.device == "cuda":
-            major, minor = torch.cuda.get_device_capability()
-            arch = 10 * major + minor
+        arch = triton.arch(torch.device(self.device))
         problem = (case.bound, kind, tensors[0].element_size(), case.head_dim)
         rows: list[tuple[dict[str, Any], Tiling]] = []
         expected: list[Tensor] | None = None

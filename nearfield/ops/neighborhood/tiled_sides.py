@@ -16,7 +16,10 @@ MOST_ROWS = 1024
 
 
 class Side(NamedTuple):
-    """One axis cut into tiles of `queries`, each with a box of `keys`, unless the axis is short."""
+    """One axis cut into tiles of `queries`, each with a box of `keys`.
+
+    The backend gathers a few keys fewer on an axis so short that its border moves windows of every tile.
+    """
 
     queries: int
     tiles: int
@@ -35,7 +38,7 @@ def best_sides(bound: Bound, group: int) -> tuple[Side, ...]:
 
 
 def side_of(axis: Axis, queries: int) -> Side:
-    """The axis in tiles of that many queries, dilation group after dilation group."""
+    """The axis in tiles of so many queries, whole strides, dilation group after dilation group."""
     length = -(-axis.size // axis.dilation)
     more = (-(-queries // axis.stride) - 1) * axis.stride  # keys from the first window of a tile to its last
     tiles = min(axis.dilation, axis.size) * -(-length // queries)

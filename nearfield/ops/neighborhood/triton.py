@@ -57,6 +57,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def arch(device: torch.device) -> int:
+    """Ten times the compute capability; of a CPU, where Triton interprets, that of a GPU that can do all."""
+    if device.type == "cpu":
+        return 90
+    if device.type != "cuda" or torch.version.hip is not None:  # others count otherwise and fetch no boxes
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 # to a trace the answers are constants
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -256,28 +266,21 @@ class _Problem:
         problem = (self.bounds, kind, self.query.element_size(), max(self.dims))
         measured = tuned.tiles(*problem, tuned.device_name(self.query.device))
         if measured is None or triton_plan.WAYS.index(measured.way) > triton_plan.WAYS.index(way):
-            return triton_plan.tiling(*problem, self.arch(), way)
+            return triton_plan.tiling(*problem, arch(self.query.device), way)
         return measured
-
-    def arch(self) -> int:
-        """Ten times the compute capability; where Triton interprets, that of a GPU with all we know of."""
-        if self.query.device.type != "cuda":
-            return 90
-        major, minor = torch.cuda.get_device_capability(self.query.device)
-        return 10 * major + minor
 
     def way(self, kind: str, *walked: Tensor) -> Way:
         """The most that the options and the layout of what is walked allow."""
         if not self.has_boxes(*walked):
             return "rows"
         is_bare = self.more is None and self.sink_logits is None and self.bounds[0].pattern.border != "pad"
-        if kind != "forward" or not is_bare or not self.query.is_cuda or gluon_forward.gluon is None:
+        if kind != "forward" or not is_bare or interpreted() or gluon_forward.gluon is None:
             return "boxes"
         return "groups" if self.dims[0] == self.dims[1] and self.has_boxes(self.query) else "boxes"
 
     def has_boxes(self, *tensors: Tensor) -> bool:
         """Whether descriptors can hold these, of which only tokens beyond the grid are left out."""
-        if self.is_packed or any(axis.dilation > 1 for axis in self.axes) or self.arch() < 90:
+        if self.is_packed or any(axis.dilation > 1 for axis in self.axes) or arch(self.query.device) < 90:
             return False
         if self.key_mask is not None or self.bias is not None:  # a bias would want shared memory, too
             return False

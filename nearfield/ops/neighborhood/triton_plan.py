@@ -105,7 +105,7 @@ BOXED: dict[tuple[str, int, int], tuple[Config, ...]] = {
 GROUPS: dict[tuple[int, int], tuple[Config, ...]] = {(2, 128): (Config(128, 128, 4, 2, 0.77),)}
 UNTIMED: dict[tuple[int, int], tuple[Config, ...]] = {(2, 64): (Config(128, 128, 4, 2),)}
 # GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
-OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {}
+OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {("keys", 2, 128): (Config(32, 64, 8, 2),)}
 MASK = 0.2  # what masking a tile costs of computing it: 0.15 to 0.3 on an H200
 
 
