@@ -222,17 +222,17 @@ HUNYUAN = {
 TEXT = Neighborhood(16384).on(16384)
 # milliseconds on an H200 in 16 bits, 128 channels: bound, heads, backend, forward, backward
 MEASURED = [
-    (TEXT, 16, "dense", 3.58, 9.43),
+    (TEXT, 16, "dense", 3.66, 9.44),
     (TEXT, 16, "flash", 4.13, 9.46),
     (FLUX[1], 24, "flash", 14.37, 54.1),
     (FLUX[16], 24, "flash", 8.85, 22.98),
     (HUNYUAN[1], 24, "flash", 75.66, 326.7),
     (HUNYUAN[16], 24, "flash", 24.81, 65.67),
-    (TEXT, 16, "triton", 3.58, 15.4),
-    (FLUX[1], 24, "triton", 11.56, 47.9),
-    (FLUX[16], 24, "triton", 8.38, 36.8),
-    (HUNYUAN[1], 24, "triton", 48.3, 198.0),
-    (HUNYUAN[16], 24, "triton", 25.3, 118.0),
+    (TEXT, 16, "triton", 3.46, 15.4),
+    (FLUX[1], 24, "triton", 11.55, 46.8),
+    (FLUX[16], 24, "triton", 8.67, 36.8),
+    (HUNYUAN[1], 24, "triton", 48.3, 194.0),
+    (HUNYUAN[16], 24, "triton", 25.5, 117.0),
 ]
 
 

@@ -456,7 +456,7 @@ def _run_backward(
             queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(),
             *problem.pattern(), *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size,
             *problem.dims, scale, BN=prod(tiles.kv_tile), PARTIAL=tiles.partial, WHOLE=tiles.whole,
-            BY_BOX=by_box, **problem.shape(tiles, grad), **has, **problem.settings(),
+            BY_BOX=by_box, GROUPED=group_size > 1, **problem.shape(tiles, grad), **has, **problem.settings(),
         )  # fmt: skip
         if problem.more is not None:
             _extra_gradients(problem, grad, level, less, dk, dv, more)
@@ -474,7 +474,8 @@ def _extra_gradients(
 ) -> None:
     """Set the gradients of additional keys and values, and add those of the sinks to the others."""
     (keys, values, places), strides = problem.extras()
-    q, tiles = problem.query, problem.tiling("keys", problem.query, grad)
+    q = problem.query
+    tiles = triton_plan.tiling(problem.bounds, "keys", q.element_size(), max(problem.dims), arch(q.device))
     rows, columns = prod(tiles.q_tile), prod(tiles.kv_tile)
     most = max(bound.num_queries for bound in problem.bounds)
     splits, blocks = min(SPLITS, -(-most // rows)), -(-problem.num_more // columns)

@@ -14,7 +14,6 @@ from nearfield.ops.neighborhood.triton_boxes import (
     clamped,
     coordinates,
     cut,
-    divided,
     elements,
     flat,
     in_windows,
@@ -176,6 +175,7 @@ def key_gradients(
     DV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_BIAS: tl.constexpr, PACKED: tl.constexpr, FAR: tl.constexpr, RANK: tl.constexpr,
     PARTIAL: tl.constexpr, WHOLE: tl.constexpr, BN: tl.constexpr, BY_BOX: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of a box, over the query heads that share them."""
     SHIFT: tl.constexpr = BORDER == 0
@@ -226,8 +226,10 @@ def key_gradients(
     partial = v0[1] * v1[1] * v2[1] - whole
     if PARTIAL:  # heads and boxes are one loop: loads run ahead from head to head
         for t in range(partial * group_size):
-            member, number = divided(t, partial)
-            head = kv_head * group_size + member
+            head, number = kv_head, t
+            if GROUPED:
+                head = kv_head * group_size + t // partial
+                number = t % partial
             q_head, g_head = query, grad
             if not BY_BOX:
                 q_head += base(batch, first_q, head, q_strides, PACKED)
@@ -241,8 +243,10 @@ def key_gradients(
             )  # fmt: skip
     if WHOLE:
         for t in range(whole * group_size):
-            member, number = divided(t, whole)
-            head = kv_head * group_size + member
+            head, number = kv_head, t
+            if GROUPED:
+                head = kv_head * group_size + t // whole
+                number = t % whole
             q_head, g_head = query, grad
             if not BY_BOX:
                 q_head += base(batch, first_q, head, q_strides, PACKED)

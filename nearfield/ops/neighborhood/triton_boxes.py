@@ -178,7 +178,10 @@ def query_boxes(
 
 @jit
 def divided(t, n):
-    """t // n and t % n of numbers below 2**21, by a float32 inverse, which is taken before a loop."""
+    """t // n and t % n by a float32 inverse, which is taken before a loop.
+
+    Exact below 2**21: of boxes, which are that many where a query sees 2**26 keys or more.
+    """
     quotient = ((tl.cast(t, tl.float32) + 0.5) * (1.0 / tl.cast(n, tl.float32))).to(tl.int32)
     return quotient, t - quotient * n
 

@@ -104,7 +104,7 @@ BOXED: dict[tuple[str, int, int], tuple[Config, ...]] = {
 # by (bytes of an element, head_dim), for plain patterns alone; those of UNTIMED work and are left to tuning
 GROUPS: dict[tuple[int, int], tuple[Config, ...]] = {(2, 128): (Config(128, 128, 4, 2, 0.77),)}
 UNTIMED: dict[tuple[int, int], tuple[Config, ...]] = {(2, 64): (Config(128, 128, 4, 2),)}
-# GPUs before sm_90 keep operands in registers: smaller boxes where one of the above would spill
+# GPUs before sm_90, and sm_120, keep operands in registers: smaller boxes where one of the above would spill
 OLDER: dict[tuple[str, int, int], tuple[Config, ...]] = {("keys", 2, 128): (Config(32, 64, 8, 2),)}
 MASK = 0.2  # what masking a tile costs of computing it: 0.15 to 0.3 on an H200
 
@@ -169,10 +169,12 @@ def configs(kind: str, item: int, dim: int, arch: int = 90, way: Way = "rows") -
     if way == "groups":
         return GROUPS.get((item, dim), ()) if kind == "forward" and arch == 90 else ()
     widest = min(width for size, width in TABLES[kind] if size == item and dim <= width)
+    # 227 KB of shared memory, from which products read; 12.x is like 8.x and has 99
+    is_large = 90 <= arch < 120
     if way == "boxes":
-        return BOXED.get((kind, item, widest), ()) if arch >= 90 else ()
+        return BOXED.get((kind, item, widest), ()) if is_large else ()
     found = TABLES[kind][item, widest]
-    return OLDER.get((kind, item, widest), found) if arch < 90 else found
+    return found if is_large else OLDER.get((kind, item, widest), found)
 
 
 @lru_cache(maxsize=512)

@@ -191,4 +191,6 @@ def _tiling(q_tile: list[int], kv_tile: list[int], warps: int, stages: int, way:
         raise ValueError(f"warps and stages are {warps} and {stages}")
     if way not in triton_plan.WAYS:
         raise ValueError(f"way is {way}")
+    if way == "groups" and (prod(q_tile) != 128 or prod(kv_tile) not in (64, 128)):
+        raise ValueError(f"boxes of groups have {prod(q_tile)} queries and {prod(kv_tile)} keys")
     return Tiling(tuple(q_tile), tuple(kv_tile), warps, stages, True, True, way)
