@@ -13,13 +13,20 @@ from torch import Tensor
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU that is benched
 
 
+CYCLES = 2e9  # of a GPU in a second, at most
+
+
 class Timing(NamedTuple):
-    """Seconds of one call: median, least and most over `repeats` calls."""
+    """Seconds of one call: median, least and most over `repeats` calls.
+
+    `host`: seconds that this machine takes to give a GPU the call, which the others leave out.
+    """
 
     seconds: float
     min: float
     max: float
     repeats: int
+    host: float | None = None
 
 
 def once(call: Callable[[], object], device: str) -> float:
@@ -42,11 +49,8 @@ def timed(
     """The call's timing, in about `budget` seconds of repeats.
 
     Untimed calls come first, until two in a row agree within a quarter: the first may compile, build tables
-    and touch fresh memory. One is enough for a call above the budget. On CUDA a buffer larger than the L2
-    cache is overwritten before each repeat, outside the clock, so that inputs come from memory as they do
-    between a model's layers.
+    and touch fresh memory. One is enough for a call above the budget.
     """
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     last = once(call, device)
     for _ in range(4):
         if last > budget:
@@ -54,12 +58,39 @@ def timed(
         before, last = last, once(call, device)
         if abs(before - last) <= 0.25 * last:
             break
+    if device == "cuda":
+        return _queued(call, max(least, min(most, round(budget / last))))
     found: list[float] = []
     while len(found) < least or (len(found) < most and sum(found) < budget):
-        if scratch is not None:
-            scratch.zero_()
         found.append(once(call, device))
     return Timing(median(found), min(found), max(found), len(found))
+
+
+def _queued(call: Callable[[], object], repeats: int) -> Timing:
+    """A call on CUDA, timed by events around each of `repeats` calls that stand in one queue.
+
+    The GPU first waits for as long as the host needs to fill the queue, else short calls would be the
+    launches between them. A buffer larger than the L2 cache is overwritten before each, outside the clock, so
+    that inputs come from memory as they do between a model's layers.
+    """
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    begin = perf_counter()
+    call()
+    host = perf_counter() - begin
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(CYCLES * host * repeats))
+    events = []
+    for _ in range(repeats):
+        scratch.zero_()
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        call()
+        pair[1].record()
+        events.append(pair)
+    torch.cuda.synchronize()
+    found = [float(first.elapsed_time(last)) / 1e3 for first, last in events]
+    return Timing(median(found), min(found), max(found), repeats, host)
 
 
 def in_turn(
@@ -141,6 +172,7 @@ def timed_row(
         "min": timing.min,
         "max": timing.max,
         "repeats": timing.repeats,
+        "host_seconds": timing.host,
         "predicted_seconds": None,
         "useful_gflops": rate,
         "gemm_gflops": gemm.gflops,
