@@ -311,6 +311,10 @@ class _Problem:
         offset = self.offset if of_queries else 0
         return _count_boxes(self.grids[0], dilation, tuple(sides), offset), self.query
 
+    def programs(self, boxes: int, heads: int) -> int:
+        """Programs of a kernel, one for each box, head and entry of a batch."""
+        return boxes * heads * (1 if self.is_packed else self.batch)
+
     def sizes(self) -> Tensor:
         """For packed grids where each begins and its three sides."""
         return _sizes(self.grids, self.query.device) if self.is_packed else self.query
@@ -391,7 +395,7 @@ def _run_forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     by_box = tiles.way == "boxes"
     keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
     with torch.cuda.device_of(q):
-        triton_forward.forward[(boxes * problem.heads * (1 if problem.is_packed else problem.batch),)](
+        triton_forward.forward[(problem.programs(boxes, problem.heads),)](
             q, keys, values, *extra,
             *(_or(x, q) for x in (problem.bias, problem.key_mask, problem.sink_logits)),
             out, lse, work, problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v)),
@@ -427,37 +431,9 @@ def _run_backward(
     if not lse.numel():
         return dq, dk.zero_(), dv.zero_(), *more, table, logits
     level, less = torch.empty_like(lse), torch.empty_like(lse)
-    masked = problem.key_mask is not None
-    group_size, batches = problem.heads // problem.kv_heads, 1 if problem.is_packed else problem.batch
-    bias, key_mask = (_or(x, q) for x in (problem.bias, problem.key_mask))
-    extra, extra_strides = problem.extras()
-    scale = problem.scale * LOG2E
-    has = {"HAS_MASK": masked, "HAS_BIAS": problem.bias is not None}
     with torch.cuda.device_of(q):
-        tiles = problem.tiling("queries", k, v)
-        boxes, work = problem.boxes(tiles.q_tile, True)
-        by_box = tiles.way == "boxes"
-        fetched = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
-        triton_backward.query_gradients[(boxes * problem.heads * batches,)](
-            q, *fetched, *extra, bias, key_mask, grad, _or(grad_lse, lse), out, lse, level, less, dq, work,
-            problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v, grad)), *extra_strides,
-            boxes, problem.heads, group_size, problem.num_more, *problem.dims, scale,
-            BM=prod(tiles.q_tile), BL=prod(tiles.kv_tile),
-            HAS_GRAD_LSE=grad_lse is not None, HAS_MORE=problem.more is not None,
-            HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
-            WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles, grad), **has,
-            **problem.settings(),
-        )  # fmt: skip
-        tiles = problem.tiling("keys", q, grad)
-        boxes, work = problem.boxes(tiles.kv_tile, False)
-        by_box = tiles.way == "boxes"
-        queries, grads = (problem.boxes_of(x, tiles.q_tile) if by_box else x for x in (q, grad))
-        triton_backward.key_gradients[(boxes * problem.kv_heads * batches,)](
-            queries, k, v, bias, key_mask, grads, level, less, dk, dv, work, problem.sizes(),
-            *problem.pattern(), *map(problem.strides, (q, k, v, grad)), boxes, problem.heads, group_size,
-            *problem.dims, scale, BN=prod(tiles.kv_tile), PARTIAL=tiles.partial, WHOLE=tiles.whole,
-            BY_BOX=by_box, GROUPED=group_size > 1, **problem.shape(tiles, grad), **has, **problem.settings(),
-        )  # fmt: skip
+        _query_gradients(problem, grad, grad_lse, out, lse, level, less, dq)
+        _key_gradients(problem, grad, level, less, dk, dv)
         if problem.more is not None:
             _extra_gradients(problem, grad, level, less, dk, dv, more)
         if want_bias:
@@ -467,6 +443,55 @@ def _run_backward(
         share = share.masked_fill(lse == -torch.inf, 0).flatten(0, -2)
         logits = -share.sum(0, dtype=torch.float64).to(logits.dtype)
     return dq if problem.sign == 1 else dq * problem.sign, dk, dv, *more, table, logits
+
+
+def _query_gradients(
+    problem: _Problem,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    level: Tensor,
+    less: Tensor,
+    dq: Tensor,
+) -> None:
+    """Set the gradients of queries, and what the other kernels need of each row: `level` and `less`."""
+    q, k, v = problem.query, problem.key, problem.value
+    tiles = problem.tiling("queries", k, v)
+    boxes, work = problem.boxes(tiles.q_tile, True)
+    by_box, masked = tiles.way == "boxes", problem.key_mask is not None
+    keys, values = (problem.boxes_of(x, tiles.kv_tile) if by_box else x for x in (k, v))
+    extra, extra_strides = problem.extras()
+    triton_backward.query_gradients[(problem.programs(boxes, problem.heads),)](
+        q, keys, values, *extra, *(_or(x, q) for x in (problem.bias, problem.key_mask)), grad,
+        _or(grad_lse, lse), out, lse, level, less, dq, work, problem.sizes(), *problem.pattern(),
+        *map(problem.strides, (q, k, v, grad)), *extra_strides, boxes, problem.heads,
+        problem.heads // problem.kv_heads, problem.num_more, *problem.dims, problem.scale * LOG2E,
+        BM=prod(tiles.q_tile), BL=prod(tiles.kv_tile), HAS_MASK=masked, HAS_BIAS=problem.bias is not None,
+        HAS_GRAD_LSE=grad_lse is not None, HAS_MORE=problem.more is not None,
+        HAS_PLACES=problem.places is not None, PARTIAL=tiles.partial or masked,
+        WHOLE=tiles.whole and not masked, BY_BOX=by_box, **problem.shape(tiles, grad), **problem.settings(),
+    )  # fmt: skip
+
+
+def _key_gradients(
+    problem: _Problem, grad: Tensor, level: Tensor, less: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Set the gradients of keys and values inside the grid."""
+    q, k, v = problem.query, problem.key, problem.value
+    group_size = problem.heads // problem.kv_heads
+    tiles = problem.tiling("keys", q, grad)
+    boxes, work = problem.boxes(tiles.kv_tile, False)
+    by_box = tiles.way == "boxes"
+    queries, grads = (problem.boxes_of(x, tiles.q_tile) if by_box else x for x in (q, grad))
+    triton_backward.key_gradients[(problem.programs(boxes, problem.kv_heads),)](
+        queries, k, v, *(_or(x, q) for x in (problem.bias, problem.key_mask)), grads, level, less, dk, dv,
+        work, problem.sizes(), *problem.pattern(), *map(problem.strides, (q, k, v, grad)), boxes,
+        problem.heads, group_size, *problem.dims, problem.scale * LOG2E, BN=prod(tiles.kv_tile),
+        HAS_MASK=problem.key_mask is not None, HAS_BIAS=problem.bias is not None, PARTIAL=tiles.partial,
+        WHOLE=tiles.whole, BY_BOX=by_box, GROUPED=group_size > 1, **problem.shape(tiles, grad),
+        **problem.settings(),
+    )  # fmt: skip
 
 
 def _extra_gradients(
