@@ -13,7 +13,7 @@ from nearfield.ops.neighborhood import Neighborhood, neighborhood_attention, tri
 from nearfield.ops.neighborhood.triton_plan import Sides, Tiling
 from nearfield.testing import assert_close, poisoned_empty
 from tests.test_neighborhood import Case
-from tests.test_neighborhood_triton import SMEM, spilled_bytes
+from tests.test_neighborhood_triton import SMEM, Python, spilled_bytes
 
 TILES: dict[int, tuple[Sides, Sides]] = {
     1: ((1, 1, 128), (1, 1, 128)),
@@ -70,6 +70,17 @@ def test_it_compiles_for_hopper(dim: int, rank: int, dtype: str) -> None:
     for wanted in ("wgmma.mma_async", "cp.async.bulk.tensor.5d", "setmaxnreg.dec"):
         assert wanted in ptx
     assert not re.search(r"\b(atom|red)\.global", ptx)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+def test_a_triton_that_is_not_known_runs_without_it(python: Python) -> None:
+    code = (
+        "import triton; triton.__version__ = {!r}\n"
+        "from nearfield.ops.neighborhood import gluon_forward; print(gluon_forward.gluon is None)"
+    )
+    for version, is_off in (("3.10.0", "True"), ("3.9.0", "False")):
+        done = python("-W", "ignore", "-c", code.format(version))
+        assert done.stdout.split() == [is_off], done.stderr
 
 
 CASES = {

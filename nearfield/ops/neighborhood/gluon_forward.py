@@ -27,7 +27,14 @@ from nearfield.ops.neighborhood.triton_boxes import (
 )
 from nearfield.ops.neighborhood.triton_plan import Tiling
 
+# Gluon changes from version to version: those that compile this file
+KNOWN = tuple(f"3.{minor}." for minor in range(6, 10))
+
 try:
+    import triton
+
+    if not triton.__version__.startswith(KNOWN):
+        raise ImportError(f"Triton is {triton.__version__}")
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -44,7 +51,7 @@ try:
     meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
     Memory = gl.shared_memory_descriptor
     view = Memory.reinterpret if hasattr(Memory, "reinterpret") else Memory._reinterpret
-except (ImportError, AttributeError):  # no Triton, or one without this; the module still imports
+except (ImportError, AttributeError):  # no Triton, or another one; the module still imports
     gluon = gl = None
 
 
