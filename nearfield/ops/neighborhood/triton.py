@@ -271,16 +271,17 @@ class _Problem:
 
     def way(self, kind: str, *walked: Tensor) -> Way:
         """The most that the options and the layout of what is walked allow."""
-        if not self.has_boxes(*walked):
+        way = triton_plan.way_of(self.bounds[0], max(self.dims))
+        if way == "rows" or not self.has_boxes(*walked):
             return "rows"
-        is_bare = self.more is None and self.sink_logits is None and self.bounds[0].pattern.border != "pad"
-        if kind != "forward" or not is_bare or interpreted() or gluon_forward.gluon is None:
+        is_plain = kind == "forward" and self.more is None and self.sink_logits is None
+        if not is_plain or self.dims[0] != self.dims[1] or not self.has_boxes(self.query):
             return "boxes"
-        return "groups" if self.dims[0] == self.dims[1] and self.has_boxes(self.query) else "boxes"
+        return "boxes" if interpreted() or gluon_forward.gluon is None else way
 
     def has_boxes(self, *tensors: Tensor) -> bool:
         """Whether descriptors can hold these, of which only tokens beyond the grid are left out."""
-        if self.is_packed or any(axis.dilation > 1 for axis in self.axes) or arch(self.query.device) < 90:
+        if self.is_packed or arch(self.query.device) < 90:
             return False
         if self.key_mask is not None or self.bias is not None:  # a bias would want shared memory, too
             return False

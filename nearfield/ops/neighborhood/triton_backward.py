@@ -212,10 +212,8 @@ def key_gradients(
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, DV], tl.float32)
     lane = lanes(TQ)
-    q_steps = per_axis(q_strides, sides, PACKED)
-    g_steps = per_axis(g_strides, sides, PACKED)
-    q_near = lane_elements(lane, dilation, q_steps, FAR)
-    g_near = lane_elements(lane, dilation, g_steps, FAR)
+    q_near = lane_elements(lane, dilation, per_axis(q_strides, sides, PACKED), FAR)
+    g_near = lane_elements(lane, dilation, per_axis(g_strides, sides, PACKED), FAR)
     late = tl.cdiv(tl.maximum(offset - group[2], 0), dilation[2])
     v0 = query_boxes(first[0], length[0], 0, kernel_size[0], stride[0], TQ[0], TK[0], CAUSAL[0], SHIFT)
     v1 = query_boxes(first[1], length[1], 0, kernel_size[1], stride[1], TQ[1], TK[1], CAUSAL[1], SHIFT)
@@ -226,37 +224,23 @@ def key_gradients(
     partial = v0[1] * v1[1] * v2[1] - whole
     if PARTIAL:  # heads and boxes are one loop: loads run ahead from head to head
         for t in range(partial * group_size):
-            head, number = kv_head, t
-            if GROUPED:
-                head = kv_head * group_size + t // partial
-                number = t % partial
-            q_head, g_head = query, grad
-            if not BY_BOX:
-                q_head += base(batch, first_q, head, q_strides, PACKED)
-                g_head += base(batch, first_q, head, g_strides, PACKED)
+            head, number = member(t, partial, kv_head, group_size, GROUPED)
             dk, dv = pull_keys(
-                dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
+                dk, dv, k, v, query, grad, bias + head * table, level, less,
                 partial_box(number, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
-                dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
+                dilation, offset, batch, first_q, heads, head, q_strides, g_strides, low, high, column,
                 kernel_size, head_dim, value_dim, scale, True, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
-                BY_BOX,
+                BY_BOX, PACKED,
             )  # fmt: skip
     if WHOLE:
         for t in range(whole * group_size):
-            head, number = kv_head, t
-            if GROUPED:
-                head = kv_head * group_size + t // whole
-                number = t % whole
-            q_head, g_head = query, grad
-            if not BY_BOX:
-                q_head += base(batch, first_q, head, q_strides, PACKED)
-                g_head += base(batch, first_q, head, g_strides, PACKED)
+            head, number = member(t, whole, kv_head, group_size, GROUPED)
             dk, dv = pull_keys(
-                dk, dv, k, v, q_head, g_head, bias + head * table, level, less,
+                dk, dv, k, v, query, grad, bias + head * table, level, less,
                 whole_box(number, v0, v1, v2, TQ, RANK), lane, q_near, g_near, group, length, sides,
-                dilation, offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column,
+                dilation, offset, batch, first_q, heads, head, q_strides, g_strides, low, high, column,
                 kernel_size, head_dim, value_dim, scale, False, HAS_BIAS, D, DV, EVEN, EVEN_V, RANK, TQ,
-                BY_BOX,
+                BY_BOX, PACKED,
             )  # fmt: skip
     if HAS_MASK:
         dk = tl.where(is_open[:, None], dk, 0.0)
@@ -267,12 +251,21 @@ def key_gradients(
 
 
 @jit
+def member(t, count, kv_head, group_size, GROUPED: tl.constexpr):
+    """The query head of turn t over all that share `kv_head`, `count` boxes each, and the box's number."""
+    if GROUPED:
+        return kv_head * group_size + t // count, t % count
+    else:
+        return kv_head, t
+
+
+@jit
 def pull_keys(
     dk, dv, k, v, query, grad, bias, level, less, at, lane, q_near, g_near, group, length, sides, dilation,
-    offset, outer, first_q, heads, head, q_steps, g_steps, low, high, column, kernel_size, head_dim,
+    offset, batch, first_q, heads, head, q_strides, g_strides, low, high, column, kernel_size, head_dim,
     value_dim, scale,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_V: tl.constexpr, RANK: tl.constexpr, TQ: tl.constexpr, BY_BOX: tl.constexpr,
+    EVEN_V: tl.constexpr, RANK: tl.constexpr, TQ: tl.constexpr, BY_BOX: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The keys' gradients (without the scale) and the values' with those through one more box of queries."""
     p = (at[0] + lane[0], at[1] + lane[1], at[2] + lane[2])
@@ -283,9 +276,14 @@ def pull_keys(
         rows = below(p, length, RANK)
     if BY_BOX:
         first = (at[0], at[1], at[2] - offset)
-        q = load_box(query, outer, first, head * D, TQ, D)
-        g = load_box(grad, outer, first, head * DV, TQ, DV)
+        sample = tl.cast(batch, tl.int32)  # descriptors want no more
+        q = load_box(query, sample, first, head * D, TQ, D)
+        g = load_box(grad, sample, first, head * DV, TQ, DV)
     else:
+        query += base(batch, first_q, head, q_strides, PACKED)
+        grad += base(batch, first_q, head, g_strides, PACKED)
+        q_steps = per_axis(q_strides, sides, PACKED)
+        g_steps = per_axis(g_strides, sides, PACKED)
         q = load_rows(query + elements(origin, q_steps), q_near, rows, head_dim, D, EVEN, MASKED)
         g = load_rows(grad + elements(origin, g_steps), g_near, rows, value_dim, DV, EVEN_V, MASKED)
     place = (first_q + flat(tokens(p, group, dilation), sides) - offset) * heads + head
